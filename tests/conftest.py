@@ -1,0 +1,154 @@
+"""What all tests share: a quiet, offline, repeatable environment and the genuine CLIP tokenizer."""
+
+import gzip
+import hashlib
+import json
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+import zipfile
+from pathlib import Path
+
+# Read once, when torch or the hub client is imported: so they stand before those imports.
+os.environ["HF_HUB_OFFLINE"] = "1"
+os.environ.setdefault("OMP_NUM_THREADS", "2")  # sums do not depend on the machine's core count
+os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # do not spin on cores shared with others
+os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # the same sums on every CUDA run
+
+import pytest
+import torch
+
+# TF32 keeps 10 bits of the mantissa, too few for parity in float32. cuDNN has it on by default.
+torch.backends.cudnn.allow_tf32 = False
+torch.backends.cuda.matmul.allow_tf32 = False
+torch.backends.cudnn.deterministic = True
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    if not torch.cuda.is_available():
+        for item in items:
+            if item.get_closest_marker("gpu"):
+                item.add_marker(pytest.mark.skip(reason="needs a CUDA device"))
+
+
+# The genuine vocabulary of 49,408 tokens comes from the wheel of open_clip_torch (MIT), which has
+# OpenAI's list of merges in it. The four files made of it are, byte for byte, those of the Stable
+# Diffusion 1.5 repository on the hub.
+CLIP_WHEEL = "open_clip_torch==3.3.0"
+CLIP_MERGES = "open_clip/bpe_simple_vocab_16e6.txt.gz"
+SHA256 = {
+    "wheel": "c549ad5ed6bfc119cc11105033c0a2b9d7a2a4afeb40a58a09aab3da1a0043ce",
+    CLIP_MERGES: "924691ac288e54409236115652ad4aa250f48203de50a9e4722a6ecd48d6804a",
+    "merges.txt": "9fd691f7c8039210e0fced15865466c65820d09b63988b0174bfe25de299051a",
+    "vocab.json": "e089ad92ba36837a0d31433e555c8f45fe601ab5c221d4f607ded32d9f7a4349",
+    "special_tokens_map.json": "c4864a9376a8401918425bed71fc14fc0e81f9b59ec45c1cf96cccb2df508eac",
+    "tokenizer_config.json": "00439066fcba73de57644cf41e4e3b9f2dbb09d7f3fc2005898ba52399045882",
+}
+TOKENIZER_FILES = ("vocab.json", "merges.txt", "tokenizer_config.json", "special_tokens_map.json")
+START, END = "<|startoftext|>", "<|endoftext|>"
+
+
+def check(name: str, content: bytes) -> bytes:
+    """Return `content` unchanged. Raises ValueError if it is not the file we know by that name."""
+    found = hashlib.sha256(content).hexdigest()
+    if found != SHA256[name]:
+        raise ValueError(f"{name} of {CLIP_WHEEL}: sha256 {found}, expected {SHA256[name]}")
+    return content
+
+
+def download_clip_merges(folder: Path) -> list[str]:
+    """Download the wheel into `folder` and return its 48,894 merges, e.g. "i n"."""
+    pip = [sys.executable, "-m", "pip", "download", "-q", "--no-deps", "--only-binary=:all:"]
+    subprocess.run([*pip, "-d", str(folder), CLIP_WHEEL], check=True, timeout=300)
+    (wheel,) = folder.glob("*.whl")
+    check("wheel", wheel.read_bytes())
+    with zipfile.ZipFile(wheel) as archive:
+        lines = gzip.decompress(check(CLIP_MERGES, archive.read(CLIP_MERGES))).decode().split("\n")
+    return lines[1:48895]  # the first line is a version, the rest CLIP does not use
+
+
+def clip_tokenizer_files(merges: list[str]) -> dict[str, bytes]:
+    """Build the hub's tokenizer files from the merges: file name -> content."""
+    # Every byte is written as one printable character: itself, or one from U+0100 on.
+    printable = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
+    symbols = [*map(chr, printable), *(chr(0x100 + n) for n in range(0x100 - len(printable)))]
+    tokens = [*symbols, *(s + "</w>" for s in symbols), *(m.replace(" ", "") for m in merges)]
+    vocab = {token: i for i, token in enumerate([*tokens, START, END])}
+
+    def special(content: str, **more: str) -> dict[str, object]:
+        flags = {"lstrip": False, "normalized": True, "rstrip": False, "single_word": False}
+        return {"content": content, **flags, **more}
+
+    def special_tokens(**more: str) -> dict[str, object]:
+        start, end = special(START, **more), special(END, **more)
+        return {"bos_token": start, "eos_token": end, "unk_token": end, "pad_token": END}
+
+    config = {
+        **special_tokens(__type="AddedToken"),
+        "add_prefix_space": False,
+        "do_lower_case": True,
+        "errors": "replace",
+        "model_max_length": 77,
+        "name_or_path": "openai/clip-vit-large-patch14",
+        "special_tokens_map_file": "./special_tokens_map.json",
+        "tokenizer_class": "CLIPTokenizer",
+    }
+
+    def as_json(value: object) -> bytes:
+        text = json.dumps(value, indent=2, sort_keys=True, ensure_ascii=False) + "\n"
+        return text.encode()
+
+    return {
+        "vocab.json": as_json(vocab),
+        "merges.txt": ("#version: 0.2\n" + "\n".join(merges) + "\n").encode(),
+        "tokenizer_config.json": as_json(config),
+        "special_tokens_map.json": as_json(special_tokens()),
+    }
+
+
+def is_clip_tokenizer(folder: Path) -> bool:
+    try:
+        for name in TOKENIZER_FILES:
+            check(name, (folder / name).read_bytes())
+    except (OSError, ValueError):
+        return False
+    return True
+
+
+@pytest.fixture(scope="session")
+def clip_tokenizer_dir() -> Path:
+    """A folder with the genuine CLIP tokenizer, downloaded once per user and kept in the cache."""
+    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "minip2p"
+    folder = cache / "clip-tokenizer"
+    if is_clip_tokenizer(folder):
+        return folder
+
+    cache.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=cache) as temporary:
+        try:
+            merges = download_clip_merges(Path(temporary))
+        except (OSError, subprocess.SubprocessError):
+            reason = f"pip cannot download {CLIP_WHEEL}, which holds the genuine CLIP vocabulary"
+            if os.environ.get("CI") == "true":
+                pytest.fail(reason)
+            pytest.skip(reason)
+        ready = Path(temporary) / "ready"
+        ready.mkdir()
+        for name, content in clip_tokenizer_files(merges).items():
+            (ready / name).write_bytes(check(name, content))
+        shutil.rmtree(folder, ignore_errors=True)  # there only if it is damaged
+        try:
+            ready.rename(folder)
+        except OSError:  # another run was faster
+            if not is_clip_tokenizer(folder):
+                raise
+    return folder
+
+
+@pytest.fixture(scope="session")
+def clip_tokenizer(clip_tokenizer_dir: Path):
+    from transformers import CLIPTokenizerFast
+
+    return CLIPTokenizerFast.from_pretrained(clip_tokenizer_dir)
