@@ -1,0 +1,112 @@
+"""How a predicted noise turns one latent into the next, less noisy one.
+
+    timesteps           which noise levels to visit, noisiest first: one UNet call each
+    step(eps, t, x)     the latent at the next level
+
+ᾱ_t is the share of clean signal that is left at timestep t: x_t = √ᾱ_t · x_0 + √(1-ᾱ_t) · noise.
+The formulas keep diffusers' order of operations, so that float32 results are equal to the bit.
+"""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+
+def alpha_bars(
+    num_train_timesteps: int = 1000, beta_start: float = 0.00085, beta_end: float = 0.012
+) -> Tensor:
+    """ᾱ_t for every training timestep t. SD's "scaled linear" schedule: √β is linear in t."""
+    betas = torch.linspace(beta_start**0.5, beta_end**0.5, num_train_timesteps) ** 2
+    return torch.cumprod(1 - betas, dim=0)
+
+
+class DDIM:
+    """Guess the clean latent, then noise it again to the next level (Song et al. 2021, eq. 12).
+
+    `eta` 0 is deterministic, 1 draws as much new noise as DDPM. The noise is one (1, 4, h, w)
+    sample of `generator` for all images of the batch, so that a source and its edits stay
+    comparable.
+    Raises ValueError if `steps` is not within 1 to num_train_timesteps - 1.
+    """
+
+    def __init__(
+        self,
+        steps: int = 50,
+        *,
+        eta: float = 0.0,
+        generator: torch.Generator | None = None,
+        num_train_timesteps: int = 1000,
+        beta_start: float = 0.00085,
+        beta_end: float = 0.012,
+        steps_offset: int = 1,
+        set_alpha_to_one: bool = False,
+    ):
+        if not 1 <= steps < num_train_timesteps:
+            raise ValueError(
+                f"The number of steps must be from 1 to {num_train_timesteps - 1}, not {steps}."
+            )
+        if not 0 <= eta <= 1:
+            raise ValueError(f"eta must be from 0 (DDIM) to 1 (DDPM), not {eta}.")
+        self.alpha_bar = alpha_bars(num_train_timesteps, beta_start, beta_end)
+        # SD was trained to end at ᾱ_0, a little noise above the clean latent.
+        self.last_alpha_bar = torch.tensor(1.0) if set_alpha_to_one else self.alpha_bar[0]
+        self.stride = num_train_timesteps // steps
+        self.timesteps = [i * self.stride + steps_offset for i in reversed(range(steps))]
+        self.eta, self.generator = eta, generator
+
+    def _alpha_bar_pair(self, t: int) -> tuple[Tensor, Tensor]:
+        """ᾱ at t and at the level after it. Scalars on the CPU: they mix with any device."""
+        after = t - self.stride
+        return self.alpha_bar[t], self.alpha_bar[after] if after >= 0 else self.last_alpha_bar
+
+    def step(self, eps: Tensor, t: int, x: Tensor) -> Tensor:
+        """eps, x: b 4 h w, the predicted noise and the latent at timestep t → the next latent."""
+        a_t, a_next = self._alpha_bar_pair(t)
+        x_0 = (x - (1 - a_t) ** 0.5 * eps) / a_t**0.5
+        # eq. 16: σ = η √((1-ᾱ_next)/(1-ᾱ_t)) √(1 - ᾱ_t/ᾱ_next)
+        sigma = self.eta * (((1 - a_next) / (1 - a_t)) * (1 - a_t / a_next)) ** 0.5
+        x = a_next**0.5 * x_0 + (1 - a_next - sigma**2) ** 0.5 * eps
+        if self.eta > 0:
+            x = x + sigma * torch.randn(1, *x.shape[1:], generator=self.generator).to(x)
+        return x
+
+
+class PNDM(DDIM):
+    """DDIM's step with a noise averaged over the last calls (PLMS; Liu et al. 2022, eq. 9 and 12).
+
+    As SD ships it, without Runge-Kutta steps: the first step is taken twice, the second time with
+    the mean of both predictions, so n steps cost n + 1 UNet calls. It remembers one run's
+    predictions: make a new one for each run.
+    """
+
+    def __init__(self, steps: int = 50, **settings: Any):
+        super().__init__(steps, **settings)
+        if self.eta:
+            raise ValueError(f"PNDM draws no noise: use DDIM for eta {self.eta}.")
+        self.timesteps[1:1] = self.timesteps[1:2]  # 981, 961, 961, 941, …
+        self.history: list[Tensor] = []  # predictions, newest first, at most four
+        self.first_x: Tensor | None = None  # x_T, kept from the first call for the second
+
+    def step(self, eps: Tensor, t: int, x: Tensor) -> Tensor:
+        """eps, x: b 4 h w, the predicted noise and the latent at timestep t → the next latent."""
+        e = self.history
+        if len(e) == 1 and self.first_x is not None:  # the second call: take the first step again
+            x, self.first_x = self.first_x, None
+            return self._transfer((eps + e[0]) / 2, t + self.stride, x)
+        if not e:
+            self.first_x = x
+        self.history = e = [eps, *e[:3]]
+        if len(e) == 2:
+            eps = (3 * e[0] - e[1]) / 2
+        elif len(e) == 3:
+            eps = (23 * e[0] - 16 * e[1] + 5 * e[2]) / 12
+        elif len(e) == 4:
+            eps = (1 / 24) * (55 * e[0] - 59 * e[1] + 37 * e[2] - 9 * e[3])
+        return self._transfer(eps, t, x)
+
+    def _transfer(self, eps: Tensor, t: int, x: Tensor) -> Tensor:
+        """DDIM's step with σ = 0, in the form of Liu et al. 2022, eq. 9."""
+        a_t, a_next = self._alpha_bar_pair(t)
+        denominator = a_t * (1 - a_next) ** 0.5 + (a_t * (1 - a_t) * a_next) ** 0.5
+        return (a_next / a_t) ** 0.5 * x - (a_next - a_t) * eps / denominator
