@@ -1,0 +1,337 @@
+"""The command line: python -m minip2p.sample.
+
+One line on standard output for each written file, one progress bar on standard error, exit status 2
+and one sentence for a mistake of the user's. Files are written whole or not at all.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import re
+import sys
+import tempfile
+import warnings
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NoReturn
+
+import torch
+from PIL import Image
+from PIL.PngImagePlugin import PngInfo
+
+from . import show
+from .align import DEFAULT, Window, Windows, swap_word, window
+from .edit import LocalBlend, PromptEdit, Reweight
+from .sample import SCHEDULERS, Result, explain, generate
+from .weights import StableDiffusion, load
+
+EXAMPLE = "a painting of a squirrel eating a burger", "squirrel=lion"
+NEED_AN_EDIT = (
+    *("cross_replace_steps", "self_replace_steps", "blend"),
+    *("baseline", "sweep", "explain"),
+)
+
+
+class Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        """One sentence, without the usage lines."""
+        raise ValueError(message[:1].upper() + message[1:].rstrip(".") + ".")
+
+
+def make_parser() -> Parser:
+    parser = Parser(
+        prog="python -m minip2p.sample",
+        description="Make a picture from a prompt, and edited ones from it with Prompt-to-Prompt. "
+        "Without arguments: a squirrel that eats a burger, a lion without control, and the swap.",
+        allow_abbrev=False,
+    )
+    add = parser.add_argument
+    add("prompt", nargs="?", help="what the (source) picture shows")
+    add(
+        "--model",
+        default="emoji",
+        help="emoji (bundled), a diffusers folder, a .safetensors file, a hub id",
+    )
+    add("--tokenizer", help="a folder with CLIP's tokenizer, beside a single file")
+    add("--steps", type=whole, help="inference steps")
+    add("--guidance", type=number, help="guidance scale")
+    add("--negative", default="", metavar="PROMPT", help="negative prompt")
+    add("--seed", type=whole, default=8888)
+    add("--height", type=whole, help="of the picture, in pixels")
+    add("--width", type=whole)
+    add("--scheduler", choices=list(SCHEDULERS))
+    add("--eta", type=number, default=0.0, help="DDIM's share of new noise in each step")
+    add("--device", help="cpu, cuda, mps; by default the fastest that is there")
+    add("--dtype", choices=["float32", "float16", "bfloat16"], default="float32")
+    add(
+        "--out", type=Path, default=Path("out"), metavar="FOLDER", help="where pictures are written"
+    )
+
+    add = parser.add_argument_group("edits").add_argument
+    add("--swap", action="append", default=[], metavar="OLD=NEW", help="one edited prompt for each")
+    add("--to", action="append", default=[], metavar="PROMPT", help="an edited prompt in full")
+    add("--reweight", action="append", default=[], metavar="WORD=2", help="turn a word up or down")
+    add(
+        "--blend",
+        action="append",
+        default=[],
+        metavar="WORD",
+        help="change only where this word is",
+    )
+    windows = "a fraction of the UNet calls, 0.8, or start and end, 0.1,0.8"
+    add("--cross-replace-steps", action="append", default=[], metavar="WINDOW",
+        help=f"{windows}; or of one word, lion=0.4")  # fmt: skip
+    add("--self-replace-steps", metavar="WINDOW", help=windows)
+    add("--baseline", action="store_true", help="show each edited prompt without control, too")
+
+    add = parser.add_argument_group("looking closer").add_argument
+    add("--maps", action="store_true", help="show where each picture looks at each word")
+    add("--explain", action="store_true", help="print the alignment and the windows, and stop")
+    add("--sweep", metavar="cross=0.1,0.5,0.9", help="one picture for each window; or self=...")
+    return parser
+
+
+def whole(value: str) -> int:
+    try:
+        return int(value)
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"it must be a whole number, not {value!r}") from None
+
+
+def number(value: str) -> float:
+    try:
+        return float(value)
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"it must be a number, not {value!r}") from None
+
+
+def pair(option: str, value: str) -> tuple[str, str]:
+    """LEFT=RIGHT, split."""
+    left, equals, right = value.partition("=")
+    if not (left.strip() and equals and right.strip()):
+        raise ValueError(f"{option} takes two sides, A=B, not {value!r}.")
+    return left.strip(), right.strip()
+
+
+def parse_weight(value: str) -> tuple[str, float]:
+    """WORD=2"""
+    word, weight = pair("--reweight", value)
+    try:
+        return word, float(weight)
+    except ValueError:
+        raise ValueError(f"--reweight takes a number for {word!r}, not {weight!r}.") from None
+
+
+def parse_window(option: str, value: str) -> tuple[float, float]:
+    """0.8 or 0.1,0.8"""
+    try:
+        start, end = value.split(",") if "," in value else ("0", value)
+        return window((float(start), float(end)))
+    except ValueError:
+        raise ValueError(
+            f"{option} takes a fraction of the UNet calls from 0 to 1, 0.8, or a start and an end, "
+            f"0.1,0.8, not {value!r}."
+        ) from None
+
+
+def parse_windows(option: str, values: Sequence[str]) -> Windows | None:
+    """Any of 0.8, 0.1,0.8 and lion=0.4; None if there is none."""
+    windows: dict[str, Window] = {}
+    for value in values:
+        word, value = pair(option, value) if "=" in value else (DEFAULT, value)
+        if word in windows:
+            raise ValueError(f"{option} has two windows for {word!r}: give one.")
+        windows[word] = parse_window(option, value)
+    return windows or None
+
+
+@dataclass
+class Job:
+    """What the command line asks for. Row 0 is the source, the rest are edits of it."""
+
+    prompts: list[str]
+    edits: list[PromptEdit | Reweight | None]  # one less
+    names: list[str]  # of the files
+    captions: list[str]
+
+    def add(
+        self, prompt: str, edit: PromptEdit | Reweight | None, name: str, remark: str = ""
+    ) -> None:
+        self.prompts.append(prompt)
+        self.edits.append(edit)
+        self.names.append(name)
+        self.captions.append(f"{prompt} ({remark})" if remark else prompt)
+
+
+def make_job(args: argparse.Namespace) -> Job:
+    """The prompts and edits of a command line. Raises ValueError where they make no sense."""
+    if args.prompt is None:
+        if args.swap or args.to or args.reweight:
+            raise ValueError("An edit needs the source prompt: give it first, in quotes.")
+        args.prompt, args.swap, args.baseline = EXAMPLE[0], [EXAMPLE[1]], True
+    targets = [swap_word(args.prompt, *pair("--swap", swap)) for swap in args.swap] + args.to
+    weights = dict(parse_weight(value) for value in args.reweight)
+    if weights and not targets:
+        targets = [args.prompt]
+    if not targets:
+        for option in NEED_AN_EDIT:
+            if getattr(args, option):
+                raise ValueError(
+                    f"--{option.replace('_', '-')} needs an edit: add --swap OLD=NEW, --to PROMPT "
+                    "or --reweight WORD=2."
+                )
+        return Job([args.prompt], [], ["picture"], [args.prompt])
+
+    # The prompts share each edit, which may name words of any of them.
+    edits = [(Reweight(weights, e) if weights else e, label) for e, label in parse_edits(args)]
+    job = Job([args.prompt], [], ["source"], [args.prompt])
+    for n, target in enumerate(targets, 1):
+        if args.baseline:
+            job.add(target, None, f"edit-{n}-baseline", "without control")
+        for edit, label in edits:
+            job.add(target, edit, f"edit-{n}-{label}".replace(" ", "-").rstrip("-"), label)
+    return job
+
+
+def parse_edits(args: argparse.Namespace) -> list[tuple[PromptEdit, str]]:
+    """The edit that the options describe, or with --sweep one for each window, and its label."""
+    cross = parse_windows("--cross-replace-steps", args.cross_replace_steps)
+    self_ = None
+    if args.self_replace_steps is not None:
+        self_ = parse_window("--self-replace-steps", args.self_replace_steps)
+    blend = LocalBlend(args.blend) if args.blend else None
+    if args.sweep is None:
+        return [(PromptEdit(cross, self_, blend), "")]
+    kind, ends = pair("--sweep", args.sweep)
+    if kind not in ("cross", "self"):
+        raise ValueError(f"--sweep takes cross=0.1,0.5,0.9 or self=..., not {args.sweep!r}.")
+    edits = []
+    for end in ends.split(","):
+        swept = parse_window("--sweep", end)
+        edit = (
+            PromptEdit(swept, self_, blend) if kind == "cross" else PromptEdit(cross, swept, blend)
+        )
+        edits.append((edit, f"{kind} {end.strip()}"))
+    return edits
+
+
+def save(image: Image.Image, path: Path, settings: Mapping[str, Any]) -> None:
+    """Write a PNG with its settings in it, under a temporary name first: never half a file."""
+    info = PngInfo()
+    for name, value in settings.items():
+        info.add_itxt(
+            name, value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
+        )
+    path.parent.mkdir(parents=True, exist_ok=True)
+    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.stem}-", suffix=".png")
+    try:
+        with os.fdopen(handle, "wb") as file:
+            image.save(file, "PNG", pnginfo=info)
+        os.chmod(temporary, 0o666 & ~_umask())  # mkstemp's files are for their owner alone
+        os.replace(temporary, path)
+    except BaseException:
+        os.unlink(temporary)
+        raise
+    print(path)
+
+
+def _umask() -> int:
+    mask = os.umask(0)
+    os.umask(mask)
+    return mask
+
+
+def check_out(folder: Path) -> None:
+    """Raises ValueError, before time is spent on pictures, if `folder` can't take them."""
+    there = folder
+    while not there.exists() and there != there.parent:
+        there = there.parent
+    if not there.is_dir() or not os.access(there, os.W_OK):
+        raise ValueError(f"--out {folder}: {there} is no folder that can be written to.")
+
+
+def warn_unknown_words(model: StableDiffusion, prompts: Sequence[str]) -> None:
+    """A model of a small world says which words it has never seen."""
+    known = model.defaults.get("words")
+    if known:
+        said = re.findall(r"[^\W\d_]+", " ".join(prompts).lower())
+        unknown = [word for word in dict.fromkeys(said) if word not in known]
+        if unknown:
+            warnings.warn(
+                f"This model has never seen {', '.join(unknown)}; it knows: {', '.join(known)}.",
+                stacklevel=2,
+            )
+
+
+def write(result: Result, job: Job, args: argparse.Namespace) -> None:
+    """Every picture, with --maps its word maps, and all pictures side by side."""
+    for i, (image, name) in enumerate(zip(result.images, job.names, strict=True)):
+        own = {"prompt": job.prompts[i], "edit": repr(job.edits[i - 1]) if i else "None"}
+        save(image, args.out / f"{name}.png", own | result.settings)
+        if result.attention:
+            maps = show.word_maps(image, result.attention, i)
+            save(maps, args.out / f"{name}-maps.png", own | result.settings)
+    if len(result.images) > 1:
+        # One row; with --sweep, one for each edited prompt.
+        columns = args.sweep.count(",") + 1 + args.baseline if args.sweep else len(result.images)
+        starts = range(1, len(result.images), columns)
+        rows = [result.images[:1] + result.images[i : i + columns] for i in starts]
+        captions = [job.captions[:1] + job.captions[i : i + columns] for i in starts]
+        save(show.grid(rows, captions), args.out / "row.png", result.settings)
+
+
+def run(argv: Sequence[str] | None) -> None:
+    args = make_parser().parse_args(argv)
+    job = make_job(args)
+    check_out(args.out)
+    model = load(
+        args.model, tokenizer=args.tokenizer, device=args.device, dtype=getattr(torch, args.dtype)
+    )
+    warn_unknown_words(model, job.prompts)
+    if args.explain:
+        print(
+            explain(
+                model,
+                job.prompts,
+                job.edits,
+                num_inference_steps=args.steps,
+                scheduler=args.scheduler,
+            )
+        )
+        return
+    result = generate(
+        model,
+        job.prompts,
+        edit=job.edits or None,
+        num_inference_steps=args.steps,
+        guidance_scale=args.guidance,
+        negative_prompt=args.negative,
+        seed=args.seed,
+        height=args.height,
+        width=args.width,
+        scheduler=args.scheduler,
+        eta=args.eta,
+        store=args.maps,
+        progress=True,
+    )
+    write(result, job, args)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """The exit status: 0, 2 for a mistake of the user's, 130 for an interruption."""
+    warnings.formatwarning = lambda message, *_, **__: f"{message}\n"
+    try:
+        run(argv)
+    except OSError as error:
+        print(f"{error.filename}: {error.strerror}." if error.strerror else error, file=sys.stderr)
+        return 2
+    except ValueError as error:
+        print(error, file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("Interrupted: pictures that were not finished were not written.", file=sys.stderr)
+        return 130
+    return 0

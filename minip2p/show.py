@@ -1,0 +1,123 @@
+"""Pictures of results: rows with captions, word maps, maps laid over an image. Pillow draws them.
+
+Every function returns a new PIL image and changes nothing.
+"""
+
+from __future__ import annotations
+
+import textwrap
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from PIL import Image, ImageDraw, ImageFont
+from torch import Tensor
+
+from .attention import AttentionStore
+
+CELL = 256  # a picture's height in a row, in pixels; smaller ones are enlarged to it
+FONT_SIZE = 15
+MARGIN = 8
+# From nothing to the maximum, as in magma: dark, violet, red, yellow. Even steps of lightness.
+COLOURS = torch.tensor(
+    [[0, 0, 4], [81, 18, 124], [183, 55, 121], [252, 137, 97], [252, 253, 191.0]]
+)
+
+
+def to_images(pixels: Tensor) -> list[Image.Image]:
+    """pixels in [-1, 1], clamped, as the VAE decodes them: b 3 h w → b RGB images"""
+    pixels = ((pixels / 2 + 0.5).clamp(0, 1) * 255).round().to(torch.uint8)
+    return [Image.fromarray(p.numpy()) for p in pixels.permute(0, 2, 3, 1).cpu()]
+
+
+def row(images: Sequence[Image.Image], captions: Sequence[str] = ()) -> Image.Image:
+    """Images side by side, each with its caption under it."""
+    return grid([images], [captions] if captions else [])
+
+
+def grid(
+    rows: Sequence[Sequence[Image.Image]], captions: Sequence[Sequence[str]] = ()
+) -> Image.Image:
+    """Rows of images, each image with its caption under it. Rows may differ in length."""
+    font = ImageFont.load_default(FONT_SIZE)
+    scale = max(1, round(CELL / rows[0][0].height))
+    width = max(image.width for images in rows for image in images) * scale
+    height = max(image.height for images in rows for image in images) * scale
+    per_line = max(8, int(width / (FONT_SIZE * 0.55)))
+    texts = [["\n".join(textwrap.wrap(text, per_line)) for text in line] for line in captions]
+    lines = max((text.count("\n") + 1 for line in texts for text in line), default=0)
+    cell = width + MARGIN, height + MARGIN + round(lines * FONT_SIZE * 1.3)
+
+    columns = max(len(images) for images in rows)
+    sheet = Image.new("RGB", (columns * cell[0] + MARGIN, len(rows) * cell[1] + MARGIN), "white")
+    draw = ImageDraw.Draw(sheet)
+    for y, images in enumerate(rows):
+        for x, image in enumerate(images):
+            left, top = MARGIN + x * cell[0], MARGIN + y * cell[1]
+            size = image.width * scale, image.height * scale
+            sheet.paste(image.resize(size, Image.Resampling.BICUBIC), (left, top))
+            if texts and x < len(texts[y]):
+                middle = left + width / 2, top + height + 4
+                draw.multiline_text(middle, texts[y][x], "black", font, "ma", align="center")
+    return sheet
+
+
+def heat(weights: Tensor, size: tuple[int, int]) -> Image.Image:
+    """A map in colours, 0 dark, its maximum yellow. weights: h w; size: width, height in pixels"""
+    weights = weights.detach().float().cpu()
+    weights = weights.clamp(min=0) / weights.max().clamp(min=1e-12)
+    place = weights * (len(COLOURS) - 1)  # h w, between two of the colours
+    low = place.long().clamp(max=len(COLOURS) - 2)
+    colours = torch.lerp(COLOURS[low], COLOURS[low + 1], (place - low)[..., None])  # h w 3
+    image = Image.fromarray(colours.round().to(torch.uint8).numpy())
+    return image.resize(size, Image.Resampling.BICUBIC)
+
+
+def overlay(image: Image.Image, weights: Tensor) -> Image.Image:
+    """A map laid over the image it belongs to. weights: h w"""
+    return Image.blend(image.convert("L").convert("RGB"), heat(weights, image.size), 0.6)
+
+
+def word_maps(
+    image: Image.Image,
+    store: AttentionStore,
+    prompt: int = 0,
+    words: Sequence[str] | None = None,
+    **which: Any,
+) -> Image.Image:
+    """The image, then where it looks at each word: by default every word of its prompt.
+
+    which: size, places and call, as for AttentionStore.average.
+    """
+    words = list(words or store.words or store.prompts[prompt].words)
+    maps = [overlay(image, store.word(word, prompt, **which)) for word in words]
+    return row([image, *maps], [store.prompts[prompt].text, *words])
+
+
+def token_maps(
+    image: Image.Image, store: AttentionStore, prompt: int = 0, **which: Any
+) -> Image.Image:
+    """The image, then where it looks at each token: begin, the text's and the first end token."""
+    source = store.prompts[prompt]
+    maps = store.average(**which)[prompt]  # h w k
+    names = ["<begin>", *(source.text[a:b] for a, b in source.spans), "<end>"][: maps.shape[-1]]
+    return row(
+        [image, *(overlay(image, maps[..., i]) for i in range(len(names)))], [source.text, *names]
+    )
+
+
+def map_over_calls(
+    image: Image.Image,
+    store: AttentionStore,
+    word: str,
+    prompt: int = 0,
+    columns: int = 8,
+    **which: Any,
+) -> Image.Image:
+    """The image, then where it looks at `word` at some UNet calls, from the first to the last.
+
+    The store must have been made with by_call=True.
+    """
+    calls = sorted({round(i * (store.calls - 1) / max(1, columns - 1)) for i in range(columns)})
+    maps = [overlay(image, store.word(word, prompt, call=call, **which)) for call in calls]
+    return row([image, *maps], [word, *(f"call {call}" for call in calls)])

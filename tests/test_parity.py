@@ -1,0 +1,293 @@
+"""The UNet, the VAE, the schedulers and whole runs against diffusers', on random weights."""
+
+import json
+from pathlib import Path
+
+import diffusers
+import pytest
+import torch
+from torch import Tensor
+
+import minip2p
+from minip2p import show, text
+from minip2p.unet import UNet
+from minip2p.vae import VAE
+
+DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)]
+SD_BETAS = dict(beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear")
+SD_SCHEDULE = SD_BETAS | dict(steps_offset=1, set_alpha_to_one=False)
+
+torch.set_grad_enabled(False)
+
+
+def error(ours: Tensor, truth: Tensor) -> float:
+    """‖ours - truth‖ / ‖truth‖"""
+    ours, truth = ours.double().cpu(), truth.double().cpu()
+    assert ours.shape == truth.shape
+    return ((ours - truth).norm() / truth.norm()).item()
+
+
+def unet_pair(widths: tuple[int, ...], layers: int, context: int):
+    """diffusers' UNet and ours, with the same weights in the same memory."""
+    torch.manual_seed(0)
+    theirs = diffusers.UNet2DConditionModel(
+        block_out_channels=widths,
+        layers_per_block=layers,
+        cross_attention_dim=context,
+        attention_head_dim=8,
+        down_block_types=["CrossAttnDownBlock2D"] * (len(widths) - 1) + ["DownBlock2D"],
+        up_block_types=["UpBlock2D"] + ["CrossAttnUpBlock2D"] * (len(widths) - 1),
+    ).eval()
+    with torch.device("meta"):
+        ours = UNet(widths, layers, context, heads=8)
+    ours.load_state_dict(theirs.state_dict(), strict=True, assign=True)
+    return theirs, ours.eval()
+
+
+def vae_pair(widths: tuple[int, ...], layers: int):
+    torch.manual_seed(0)
+    theirs = diffusers.AutoencoderKL(
+        block_out_channels=widths,
+        layers_per_block=layers,
+        down_block_types=["DownEncoderBlock2D"] * len(widths),
+        up_block_types=["UpDecoderBlock2D"] * len(widths),
+    ).eval()
+    with torch.device("meta"):
+        ours = VAE(widths, layers)
+    ours.load_state_dict(theirs.state_dict(), strict=True, assign=True)
+    return theirs, ours.eval()
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("size", [(16, 16), (16, 24), (8, 8), (15, 18)], ids=str)
+@pytest.mark.parametrize("widths, layers", [((32, 64, 128, 128), 2), ((64, 96, 128), 1)], ids=str)
+def test_unet(widths, layers, size, device):
+    theirs, ours = unet_pair(widths, layers, 48)
+    theirs, ours = theirs.to(device), ours.to(device)
+    x, context = torch.randn(2, 4, *size, device=device), torch.randn(2, 77, 48, device=device)
+    for t in (1, 501, torch.tensor([3, 999], device=device)):
+        assert error(ours(x, t, context), theirs(x, t, context).sample) < 1e-5
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("widths, layers", [((32, 64, 64, 64), 2), ((32, 64), 1)], ids=str)
+def test_vae(widths, layers, device):
+    theirs, ours = (model.to(device) for model in vae_pair(widths, layers))
+    z = torch.randn(2, 4, 8, 12, device=device)
+    image = theirs.decode(z).sample
+    assert error(ours.decode(z * 0.18215), image) < 1e-5
+    assert image.shape[2:] == (8 * ours.f, 12 * ours.f)
+
+    posterior = theirs.encode(image).latent_dist
+    assert error(ours.encode(image) / 0.18215, posterior.mean) < 1e-5
+    sample = ours.encode(image, torch.Generator().manual_seed(5)) / 0.18215
+    noise = torch.randn(posterior.mean.shape, generator=torch.Generator().manual_seed(5))
+    assert error(sample, posterior.mean + posterior.std * noise.to(device)) < 1e-5
+
+
+@pytest.mark.slow
+def test_full_size_unet_and_decoder():
+    theirs, ours = unet_pair((320, 640, 1280, 1280), 2, 768)
+    x, context = torch.randn(1, 4, 64, 64), torch.randn(1, 77, 768)
+    assert error(ours(x, 481, context), theirs(x, 481, context).sample) < 1e-5
+    assert (
+        len({m.site.name for m in ours.modules() if isinstance(m, minip2p.attention.Attention)})
+        == 32
+    )
+    del theirs, ours
+    theirs, ours = vae_pair((128, 256, 512, 512), 2)
+    z = torch.randn(1, 4, 64, 64)
+    assert error(ours.decode(z * 0.18215), theirs.decode(z).sample) < 1e-5
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+def test_half_precision_is_as_good_as_diffusers(dtype, device):
+    """Mean error against the float32 forward, over several inputs."""
+    truth_unet = unet_pair((32, 64, 128, 128), 2, 48)[0].to(device)
+    theirs_half, ours_half = (m.to(device, dtype) for m in unet_pair((32, 64, 128, 128), 2, 48))
+    errors = {"theirs": 0.0, "ours": 0.0}
+    for t in range(1, 1000, 111):
+        x, context = torch.randn(2, 4, 16, 16, device=device), torch.randn(2, 77, 48, device=device)
+        truth = truth_unet(x, t, context).sample
+        half = x.to(dtype), t, context.to(dtype)
+        errors["theirs"] += error(theirs_half(*half).sample, truth) / 9
+        errors["ours"] += error(ours_half(*half), truth) / 9
+    print(errors)
+    assert errors["ours"] <= 1.1 * errors["theirs"]
+
+
+@pytest.mark.parametrize("eta", [0.0, 0.7])
+@pytest.mark.parametrize("steps", [1, 2, 3, 4, 20, 30, 50, 999])
+def test_ddim_is_equal_to_the_bit(steps, eta):
+    theirs = diffusers.DDIMScheduler(clip_sample=False, **SD_SCHEDULE)
+    theirs.set_timesteps(steps)
+    ours = minip2p.DDIM(steps, eta=eta, generator=torch.Generator().manual_seed(1))
+    assert ours.timesteps == theirs.timesteps.tolist()
+    generator, eps = torch.Generator().manual_seed(1), torch.Generator().manual_seed(2)
+    x = y = torch.randn(1, 4, 8, 8)
+    for t in ours.timesteps:
+        e = torch.randn(1, 4, 8, 8, generator=eps)
+        x = theirs.step(e, t, x, eta=eta, generator=generator).prev_sample
+        y = ours.step(e, t, y)
+        assert torch.equal(x, y), t
+
+
+@pytest.mark.parametrize("steps", [1, 2, 3, 4, 20, 30, 50, 999])
+def test_pndm_is_equal_to_the_bit(steps):
+    theirs = diffusers.PNDMScheduler(skip_prk_steps=True, **SD_SCHEDULE)
+    theirs.set_timesteps(steps)
+    ours = minip2p.PNDM(steps)
+    assert ours.timesteps == theirs.timesteps.tolist()
+    assert len(ours.timesteps) == (steps + 1 if steps > 1 else 1)
+    eps = torch.Generator().manual_seed(2)
+    x = y = torch.randn(1, 4, 8, 8)
+    for t in ours.timesteps:
+        e = torch.randn(1, 4, 8, 8, generator=eps)
+        x, y = theirs.step(e, t, x).prev_sample, ours.step(e, t, y)
+        assert torch.equal(x, y), t
+
+
+def test_timesteps_of_the_published_settings():
+    assert minip2p.DDIM(50).timesteps[:3] == [981, 961, 941]
+    assert minip2p.DDIM(30).timesteps[:2] == [958, 925]
+    assert minip2p.DDIM(50, steps_offset=0).timesteps[-1] == 0
+    assert minip2p.PNDM(50).timesteps[:4] == [981, 961, 961, 941]
+    assert minip2p.DDIM(50).alpha_bar[981].item() == pytest.approx(0.0057754959, rel=1e-6)
+
+
+def test_eta_draws_the_same_noise_for_every_image():
+    ddim = minip2p.DDIM(10, eta=1.0, generator=torch.Generator().manual_seed(3))
+    x = torch.randn(1, 4, 8, 8).expand(3, -1, -1, -1)
+    out = ddim.step(torch.zeros_like(x), ddim.timesteps[0], x)
+    assert torch.equal(out[0], out[1]) and torch.equal(out[0], out[2])
+
+
+@pytest.fixture(scope="module")
+def narrow(tmp_path_factory):
+    """A narrow random model in every layout. → layout: path"""
+    from models import make_layouts
+
+    return make_layouts(tmp_path_factory.mktemp("narrow"))
+
+
+PROMPTS = ["a photo of a cat", "a painting of a squirrel eating a burger"]
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize(
+    "scheduler, steps, size, negative, guidance",
+    [
+        ("ddim", 30, (64, 64), "", 7.5),
+        ("pndm", 30, (64, 64), "", 7.5),
+        ("ddim", 5, (64, 128), "blurry", 3.0),
+        ("pndm", 5, (128, 64), "blurry", 12.0),
+        ("pndm", 9, (64, 64), "", 1.0),
+    ],
+)
+def test_run_equals_the_diffusers_pipeline(
+    narrow, scheduler, steps, size, negative, guidance, device
+):
+    pipe = diffusers.StableDiffusionPipeline.from_pretrained(narrow["diffusers"]).to(device)
+    pipe.set_progress_bar_config(disable=True)
+    if scheduler == "ddim":
+        pipe.scheduler = diffusers.DDIMScheduler(clip_sample=False, **SD_SCHEDULE)
+    model = minip2p.load(narrow["diffusers"], device=device)
+    height, width = size
+    noise = torch.randn(1, 4, height // 8, width // 8, generator=torch.Generator().manual_seed(7))
+    ours = minip2p.generate(
+        model,
+        PROMPTS,
+        num_inference_steps=steps,
+        scheduler=scheduler,
+        guidance_scale=guidance,
+        negative_prompt=negative,
+        height=height,
+        width=width,
+        seed=7,
+    )
+    settings = dict(
+        prompt=PROMPTS,
+        negative_prompt=[negative] * 2,
+        num_inference_steps=steps,
+        guidance_scale=guidance,
+        height=height,
+        width=width,
+        latents=noise.expand(2, -1, -1, -1).to(device),
+    )
+    theirs = pipe(output_type="latent", **settings).images
+    assert error(ours.latents, theirs) < 1e-4
+    pixels = pipe(output_type="pt", **settings).images  # in [0, 1]
+    theirs_images = show.to_images(pixels * 2 - 1)
+    for image, other in zip(ours.images, theirs_images, strict=True):
+        a, b = (torch.tensor(list(i.getdata()), dtype=torch.int) for i in (image, other))
+        assert (a - b).abs().max() <= 1
+
+
+LAYOUTS = ["diffusers", "diffusers_old", "fp16_variant", "single", "single_ema"]
+
+
+def test_every_layout_makes_the_same_picture(narrow):
+    """Each holds the same model (fp16: rounded), so one run must not depend on the layout."""
+    latents = {}
+    for name, path in narrow.items():
+        model = minip2p.load(path, tokenizer=narrow["diffusers"] / "tokenizer", device="cpu")
+        latents[name] = minip2p.generate(
+            model, PROMPTS[0], num_inference_steps=5, height=64, width=64
+        ).latents
+    for name, x in latents.items():
+        limit = 1e-6 if "16" not in name else 2e-2
+        assert error(x, latents["diffusers"]) < limit, name
+
+
+def test_token_ids_equal_those_of_the_genuine_tokenizer(clip_tokenizer):
+    prompts = [
+        "", "a photo of a cat", "A PHOTO of a Cat", "a  photo   of a cat", "a cat's toy, isn't it?",
+        "photo of a 1950s car!!!", "naïve café", "cafe\u0301", "日本 🐱 cat", "İstanbul",
+        "snow-covered house", "a" * 300, "cat " * 100, "word " * 75, "word " * 74, "word " * 76,
+        "hello&amp;world", "emoji 🐶🐱 mix", "tabs\tand\nnewlines", "<|endoftext|> inside",
+        "a painting of a squirrel eating a burger", "unimaginably inconceivable hippopotamus",
+    ]  # fmt: skip
+    for prompt in prompts:
+        truth = clip_tokenizer(prompt, padding="max_length", max_length=77, truncation=True)
+        with pytest.warns(UserWarning) if len(clip_tokenizer(prompt).input_ids) > 77 else _quiet():
+            ours = text.tokenize(clip_tokenizer, prompt)
+        assert list(ours.ids) == truth.input_ids, prompt
+
+
+class _quiet:
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *_):
+        return False
+
+
+def test_the_noise_is_the_published_one():
+    noise = torch.randn(1, 4, 64, 64, generator=torch.Generator().manual_seed(8888))
+    assert noise.flatten()[:2].tolist() == pytest.approx([0.7893780469894409, 2.2619481086730957])
+
+
+def test_a_seed_means_the_same_picture_alone_and_in_a_batch():
+    model = minip2p.load(device="cpu")
+    prompts = ["a photo of a cat", "a photo of a dog in the snow"]
+    both = minip2p.generate(model, prompts, num_inference_steps=4).latents
+    for i, prompt in enumerate(prompts):
+        alone = minip2p.generate(model, prompt, num_inference_steps=4).latents
+        assert error(alone, both[i : i + 1]) < 1e-4
+
+
+def test_golden_picture_of_the_bundled_model():
+    """Seeded latents of the bundled model, coarsely: a change of the sampler shows here."""
+    golden = json.loads((Path(__file__).parent / "data" / "golden.json").read_text())
+    model = minip2p.load(device="cpu")
+    for case in golden:
+        result = minip2p.generate(
+            model,
+            case["prompts"],
+            edit=case["edit"],
+            num_inference_steps=case["steps"],
+            seed=case["seed"],
+        )
+        small = torch.nn.functional.adaptive_avg_pool2d(result.latents, 4).flatten()
+        assert error(small, torch.tensor(case["latents"])) < 1e-3, case["prompts"]
