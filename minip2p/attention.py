@@ -231,6 +231,19 @@ class Chain(Edit):
         return latents
 
 
+class Words:
+    """The context of a run: each layer's keys and values of it are computed once for all calls."""
+
+    def __init__(self, context: Tensor):
+        self.context = context  # b 77 d_context
+        self.projected: dict[Attention, tuple[Tensor, Tensor]] = {}
+
+    def keys_values(self, layer: Attention) -> tuple[Tensor, Tensor]:
+        if layer not in self.projected:
+            self.projected[layer] = layer.keys_values(self.context)
+        return self.projected[layer]
+
+
 class Attention(nn.Module):
     """Multi-head attention: self-attention without a context, cross-attention with one."""
 
@@ -243,41 +256,52 @@ class Attention(nn.Module):
         self.to_out = nn.Sequential(nn.Linear(d, d))  # Sequential, so that the key is to_out.0
         self.site = Site("", "", False)  # UNet.__init__ gives each of its layers a real one
 
-    def split(self, x: Tensor) -> Tensor:
-        """b n i·d → b i n d"""
-        return x.unflatten(-1, (self.heads, -1)).transpose(1, 2)
-
-    def forward(self, x: Tensor, context: Tensor | None = None, edit: Edit | None = None) -> Tensor:
+    def forward(
+        self, x: Tensor, context: Tensor | Words | None = None, edit: Edit | None = None
+    ) -> Tensor:
         """x: b h w i·d, pixels that look at `context`, b 77 d_context, or at each other → as x"""
         pixels = x.flatten(1, 2)  # b q i·d
         seen = pixels if context is None else context
-        v = self.split(self.to_v(seen))  # b i k d
 
         site = replace(self.site, height=x.shape[1], width=x.shape[2]) if edit else self.site
         if edit is None or not edit.wants(site):
-            q, k = self.split(self.to_q(pixels)), self.split(self.to_k(seen))
+            q, (k, v) = self.queries(pixels), self.keys_values(seen)
             out = scaled_dot_product_attention(q, k, v)  # the map is never written down
         elif mix := edit.mix(site):
-            out = self.mixed(pixels, seen, v, mix)  # edited, and still never written down
+            out = self.mixed(pixels, seen, mix)  # edited, and still never written down
         else:
-            q, k = self.split(self.to_q(pixels)).float(), self.split(self.to_k(seen)).float()
-            probs = (q * q.shape[-1] ** -0.5 @ k.mT).softmax(dim=-1)  # b i q k
+            q, (k, v) = self.queries(pixels).float(), self.keys_values(seen)
+            probs = (q * q.shape[-1] ** -0.5 @ k.float().mT).softmax(dim=-1)  # b i q k
             probs = edit(probs, site)
             out = (probs @ v.float()).to(v.dtype)
 
         return self.to_out(out.transpose(1, 2).flatten(2)).view(x.shape)
 
-    def mixed(self, pixels: Tensor, seen: Tensor, v: Tensor, mix: Mix) -> Tensor:
+    def mixed(self, pixels: Tensor, seen: Tensor | Words, mix: Mix) -> Tensor:
         """Attend through `mix`; rows whose own look is not used get no queries and no keys."""
-        q = self.split(self.to_q(pixels[mix.own_rows]))
-        k = self.split(self.to_k(seen[mix.own_rows]))
+        q, (k, v) = self.queries(pixels[mix.own_rows]), self.keys_values(seen, mix.own_rows)
         for columns, add in mix.reads:
             # The sum of some columns of a map is the map times their indicator: one more value to
             # attend to. Padded to the width of q, which the fast kernels ask for.
-            indicator = pad(columns, (0, q.shape[-1] - columns.shape[-1]))[:, None]
-            maps = mix.attend(q.float(), k.float(), indicator.expand(-1, self.heads, -1, -1))
-            add(maps.mean(dim=1)[..., : columns.shape[-1]])
+            n = columns.shape[-1]
+            indicator = pad(columns, (0, q.shape[-1] - n))[:, None].expand(-1, self.heads, -1, -1)
+            add(mix.attend(q.float(), k.float(), indicator)[..., :n].mean(dim=1))
         return mix.attend(q, k, v)
+
+    def queries(self, pixels: Tensor) -> Tensor:
+        """b q i·d → b i q d"""
+        return self.to_q(pixels).unflatten(-1, (self.heads, -1)).transpose(1, 2)
+
+    def keys_values(
+        self, seen: Tensor | Words, key_rows: Rows = slice(0, None)
+    ) -> tuple[Tensor, Tensor]:
+        """The keys of some rows and the values of all: n i k d and b i k d"""
+        if isinstance(seen, Words):
+            k, v = seen.keys_values(self)
+            return k[key_rows], v
+        k, v = self.to_k(seen[key_rows]), self.to_v(seen)
+        k, v = (t.unflatten(-1, (self.heads, -1)).transpose(1, 2) for t in (k, v))
+        return k, v
 
 
 class AttentionStore(Edit):

@@ -314,8 +314,8 @@ class PromptToPrompt(Edit):
         )
         for r, row in enumerate(self.rows, 1):
             if row:
-                alpha = torch.tensor([float(call in calls_of(w, calls)) for w in row.windows])
-                alpha *= row.alignment.exists
+                inside = {w: float(call in calls_of(w, calls)) for w in set(row.windows)}
+                alpha = torch.tensor([inside[w] for w in row.windows]) * row.alignment.exists
                 source[r] = row.alignment.mapper * (alpha * row.weights)
                 own[r] = (1 - alpha) * row.weights
         own_rows, source_rows = (

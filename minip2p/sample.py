@@ -18,7 +18,7 @@ from tqdm import tqdm
 
 from . import show, text
 from .align import Prompt
-from .attention import AttentionStore, Chain, Edit, Guided, coarse_size
+from .attention import AttentionStore, Chain, Edit, Guided, Words, coarse_size
 from .edit import Edits, PromptToPrompt, bind
 from .scheduler import DDIM, PNDM
 from .unet import UNet
@@ -43,16 +43,19 @@ def denoise(
     prompt's.
     edit: acts on the prompts alone, never on the blank half of the guidance.
     """
+    guided = guidance_scale != 1
+    context = Words(torch.cat([blank, words]) if guided else words)
     calls = len(scheduler.timesteps)
     for call, t in enumerate(scheduler.timesteps):
         now = edit.at(call, calls) if edit else None
-        if guidance_scale == 1:
-            eps = unet(x.to(words.dtype), t, words, now).float()
-        else:  # classifier-free guidance (Ho & Salimans 2021, eq. 6), both halves in one call
-            x_twice, context = torch.cat([x, x]).to(words.dtype), torch.cat([blank, words])
-            both = unet(x_twice, t, context, now and Guided(now, len(x))).float()
-            eps_blank, eps = both.chunk(2)
-            eps = eps_blank + guidance_scale * (eps - eps_blank)
+        if guided:  # both halves in one call, which small models do faster than two
+            x_twice = torch.cat([x, x]).to(words.dtype)
+            both = unet(x_twice, t, context, now and Guided(now, blank=len(x))).float()
+            eps_blank, eps_words = both.chunk(2)
+            # classifier-free guidance, Ho & Salimans 2021, eq. 6
+            eps = eps_blank + guidance_scale * (eps_words - eps_blank)
+        else:
+            eps = unet(x.to(words.dtype), t, context, now).float()
         x = scheduler.step(eps, t, x)
         x = now.blend(x) if now else x
         yield x
