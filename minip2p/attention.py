@@ -120,10 +120,10 @@ class Mix:
         edited[self.own_rows] = own if self.own is None else own * self.own[:, None, None]
         if self.source_rows is not None:
             edited[self.source_rows] += (
-                source if self.source is None else source @ self.source[:, None]
+                source if self.source is None else source @ self.source[:, None].to(source.dtype)
             )
         for columns, add in self.reads:
-            add(edited.mean(dim=1) @ columns)
+            add(edited.mean(dim=1) @ columns.to(edited.dtype))
         return edited
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
@@ -141,7 +141,7 @@ class Mix:
 
         source_v = v[self.source_rows]
         if self.source is not None:  # in float32, for the fractions in S
-            source_v = (self.source[:, None] @ source_v.float()).to(v.dtype)
+            source_v = (self.source[:, None].to(precise(v).dtype) @ precise(source_v)).to(v.dtype)
         q_0, k_0 = (t[self.first, None].expand(len(source_v), -1, -1, -1) for t in (q, k))
         source = scaled_dot_product_attention(q_0, k_0, source_v)  # m i q d
 
@@ -177,7 +177,9 @@ class Guided(Edit):
             slice(0, own_rows.stop)
             if isinstance(own_rows, slice)
             else torch.cat([torch.arange(n, device=own_rows.device), own_rows]),
-            None if mix.own is None else torch.cat([mix.own.new_ones(n, LENGTH), mix.own]),
+            None
+            if mix.own is None
+            else torch.cat([mix.own.new_ones(n, mix.own.shape[-1]), mix.own]),
             None if mix.source_rows is None else _shift(mix.source_rows, n),
             mix.source,
             mix.first + n,
@@ -190,7 +192,7 @@ class Guided(Edit):
 
 def _shift(rows: Rows, n: int) -> Rows:
     if isinstance(rows, slice):
-        return slice(rows.start + n, None if rows.stop is None else rows.stop + n)
+        return slice((rows.start or 0) + n, None if rows.stop is None else rows.stop + n)
     return rows + n
 
 
@@ -205,7 +207,7 @@ class Chain(Edit):
         self.edits = list(edits)
 
     def at(self, call: int, calls: int) -> Edit | None:
-        edits = [now for edit in self.edits if (now := edit.at(call, calls))]
+        edits = [now for edit in self.edits if (now := edit.at(call, calls)) is not None]
         return Chain(edits) if edits else None
 
     def wants(self, site: Site) -> bool:
@@ -244,6 +246,11 @@ class Words:
         return self.projected[layer]
 
 
+def precise(t: Tensor) -> Tensor:
+    """At least float32: half precision would lose digits of a softmax and of a mixture of maps."""
+    return t.to(torch.promote_types(t.dtype, torch.float32))
+
+
 class Attention(nn.Module):
     """Multi-head attention: self-attention without a context, cross-attention with one."""
 
@@ -263,17 +270,17 @@ class Attention(nn.Module):
         pixels = x.flatten(1, 2)  # b q i·d
         seen = pixels if context is None else context
 
-        site = replace(self.site, height=x.shape[1], width=x.shape[2]) if edit else self.site
+        site = replace(self.site, height=x.shape[1], width=x.shape[2])
         if edit is None or not edit.wants(site):
             q, (k, v) = self.queries(pixels), self.keys_values(seen)
             out = scaled_dot_product_attention(q, k, v)  # the map is never written down
-        elif mix := edit.mix(site):
+        elif (mix := edit.mix(site)) is not None:
             out = self.mixed(pixels, seen, mix)  # edited, and still never written down
         else:
-            q, (k, v) = self.queries(pixels).float(), self.keys_values(seen)
-            probs = (q * q.shape[-1] ** -0.5 @ k.float().mT).softmax(dim=-1)  # b i q k
+            q, (k, v) = self.queries(pixels), self.keys_values(seen)
+            probs = (precise(q) * q.shape[-1] ** -0.5 @ precise(k).mT).softmax(dim=-1)  # b i q k
             probs = edit(probs, site)
-            out = (probs @ v.float()).to(v.dtype)
+            out = (probs @ precise(v)).to(v.dtype)
 
         return self.to_out(out.transpose(1, 2).flatten(2)).view(x.shape)
 
@@ -282,10 +289,14 @@ class Attention(nn.Module):
         q, (k, v) = self.queries(pixels[mix.own_rows]), self.keys_values(seen, mix.own_rows)
         for columns, add in mix.reads:
             # The sum of some columns of a map is the map times their indicator: one more value to
-            # attend to. Padded to the width of q, which the fast kernels ask for.
-            n = columns.shape[-1]
-            indicator = pad(columns, (0, q.shape[-1] - n))[:, None].expand(-1, self.heads, -1, -1)
-            add(mix.attend(q.float(), k.float(), indicator)[..., :n].mean(dim=1))
+            # attend to. As wide as q, with padding, which the fast kernels ask for.
+            maps = []
+            for some in columns.split(q.shape[-1], dim=-1):  # b k n
+                values = pad(some, (0, q.shape[-1] - some.shape[-1]))[:, None]
+                values = values.expand(-1, self.heads, -1, -1).to(precise(q).dtype)
+                out = mix.attend(precise(q), precise(k), values)
+                maps.append(out[..., : some.shape[-1]].mean(dim=1))
+            add(torch.cat(maps, dim=-1))
         return mix.attend(q, k, v)
 
     def queries(self, pixels: Tensor) -> Tensor:
@@ -363,7 +374,9 @@ class AttentionStore(Edit):
 
     def __call__(self, probs: Tensor, site: Site) -> Tensor:
         maps = probs.mean(dim=1)  # b q k
-        self.add(site, maps @ self.columns if self.columns is not None and site.is_cross else maps)
+        if self.columns is not None and site.is_cross:
+            maps = maps @ self.columns.to(maps.dtype)
+        self.add(site, maps)
         return probs
 
     def mix(self, site: Site) -> Mix | None:

@@ -15,6 +15,7 @@ Shapes:  b prompts, row 0 the source · e edited prompts, b - 1 · k 77 tokens �
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Literal
@@ -143,7 +144,8 @@ class Reweight:
                 f"not {self.weights!r}."
             )
         for word, weight in self.weights.items():
-            if isinstance(weight, bool) or not isinstance(weight, int | float):
+            number = isinstance(weight, int | float) and not isinstance(weight, bool)
+            if not number or not math.isfinite(weight):
                 raise ValueError(f"The weight of {word!r} must be one number, not {weight!r}.")
 
 
@@ -231,9 +233,17 @@ def _bind_row(
     cross = defaults.get("cross_replace_steps", 0.8) if cross is None else cross
     self_ = defaults.get("self_replace_steps", 0.4) if self_ is None else self_
 
-    check_words([w for w in cross if w != DEFAULT] if isinstance(cross, Mapping) else [], sharing)
-    check_words(list(weights), sharing)
     alignment = edit.align(source, target)
+    named = (
+        [*(w for w in cross if w != DEFAULT), *weights] if isinstance(cross, Mapping) else weights
+    )
+    check_words(list(named), sharing)
+    for word in named:
+        if not any(edit.align(source, t).carry(word, source, t)[1] for t in sharing[1:]):
+            raise ValueError(
+                f"The word {word!r} is in the source prompt alone and nothing takes its place: "
+                f"name a word of {target.text!r}."
+            )
     if blend := edit.local_blend:
         check_words([*blend.words, *blend.subtract], sharing)
     return Row(

@@ -47,17 +47,18 @@ def denoise(
     context = Words(torch.cat([blank, words]) if guided else words)
     calls = len(scheduler.timesteps)
     for call, t in enumerate(scheduler.timesteps):
-        now = edit.at(call, calls) if edit else None
+        now = None if edit is None else edit.at(call, calls)
         if guided:  # both halves in one call, which small models do faster than two
             x_twice = torch.cat([x, x]).to(words.dtype)
-            both = unet(x_twice, t, context, now and Guided(now, blank=len(x))).float()
+            hook = None if now is None else Guided(now, blank=len(x))
+            both = unet(x_twice, t, context, hook).float()
             eps_blank, eps_words = both.chunk(2)
             # classifier-free guidance, Ho & Salimans 2021, eq. 6
             eps = eps_blank + guidance_scale * (eps_words - eps_blank)
         else:
             eps = unet(x.to(words.dtype), t, context, now).float()
         x = scheduler.step(eps, t, x)
-        x = now.blend(x) if now else x
+        x = x if now is None else now.blend(x)
         yield x
 
 
@@ -145,7 +146,9 @@ def generate(
         "height": h * model.vae.f,
         "width": w * model.vae.f,
     }
-    return Result(images, x, kept, settings)
+    return Result(
+        images, x.clone(), kept, settings
+    )  # a clone outside of inference mode: a usual tensor
 
 
 @torch.inference_mode()

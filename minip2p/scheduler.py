@@ -76,8 +76,8 @@ class PNDM(DDIM):
     """DDIM's step with a noise averaged over the last calls (PLMS; Liu et al. 2022, eq. 9 and 12).
 
     As SD ships it, without Runge-Kutta steps: the first step is taken twice, the second time with
-    the mean of both predictions, so n steps cost n + 1 UNet calls. It remembers one run's
-    predictions: make a new one for each run.
+    the mean of both predictions, so n steps cost n + 1 UNet calls. It remembers a run's last
+    predictions, and forgets them when the next run begins.
     """
 
     def __init__(self, steps: int = 50, **settings: Any):
@@ -90,12 +90,12 @@ class PNDM(DDIM):
 
     def step(self, eps: Tensor, t: int, x: Tensor) -> Tensor:
         """eps, x: b 4 h w, the predicted noise and the latent at timestep t → the next latent."""
+        if t == self.timesteps[0]:
+            self.history, self.first_x = [], x
         e = self.history
         if len(e) == 1 and self.first_x is not None:  # the second call: take the first step again
             x, self.first_x = self.first_x, None
             return self._transfer((eps + e[0]) / 2, t + self.stride, x)
-        if not e:
-            self.first_x = x
         self.history = e = [eps, *e[:3]]
         if len(e) == 2:
             eps = (3 * e[0] - e[1]) / 2

@@ -69,8 +69,6 @@ def load_text_encoder(config: dict[str, Any], state: dict[str, Tensor]) -> nn.Mo
     state: weights, with or without the prefix "text_model.". Raises ValueError unless they fit
     exactly.
     """
-    from transformers import CLIPTextConfig, CLIPTextModel
-
     sd1 = {
         "vocab_size": 49408,
         "hidden_size": 768,
@@ -84,8 +82,16 @@ def load_text_encoder(config: dict[str, Any], state: dict[str, Tensor]) -> nn.Mo
         "pad_token_id": 1,
     }
     sizes = {name: config.get(name, default) for name, default in sd1.items()}
-    with torch.device("meta"):
-        model = CLIPTextModel(CLIPTextConfig(**sizes))
+    try:
+        from transformers import CLIPTextConfig, CLIPTextModel
+
+        with torch.device("meta"):
+            model = CLIPTextModel(CLIPTextConfig(**sizes))
+    except ImportError as error:  # pip does not know which torch each transformers needs
+        raise ValueError(
+            f"The installed transformers can't use torch {torch.__version__}: upgrade torch, or "
+            "pip install 'transformers<5'."
+        ) from error
 
     # transformers 5.6 dropped the prefix from the module; files have it or not.
     prefix = "text_model." if next(iter(model.state_dict())).startswith("text_model.") else ""

@@ -1,0 +1,1101 @@
+"""Prompt-to-Prompt on the bundled trained model: against a written-out reference, and its meaning.
+
+Random weights attend almost uniformly, and a wrong edit hides in them. So everything here runs on
+the model that comes with the package; `test_the_comparison_sees` shows what such a comparison sees.
+"""
+
+import copy
+import functools
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import reference as ref
+import torch
+from torch import Tensor
+
+import minip2p
+from minip2p import LocalBlend, Refine, Reweight, WordSwap
+from minip2p.attention import Attention, Chain, Guided, Mix, coarse_size
+from minip2p.edit import bind
+from minip2p.text import encode, load_tokenizer, tokenize
+
+FOLDER = Path(minip2p.__file__).parent / "models" / "emoji"
+STEPS = 5
+
+SQUIRREL = "a photo of a squirrel eating a burger"
+LION = "a photo of a lion eating a burger"
+SNOW = "a photo of a squirrel eating a burger in the snow"
+
+
+@pytest.fixture(scope="session")
+def model() -> minip2p.StableDiffusion:
+    return minip2p.load()
+
+
+@pytest.fixture(scope="session")
+def theirs() -> ref.Model:
+    return ref.load(FOLDER)
+
+
+@pytest.fixture(autouse=True, scope="module")
+def one_thread():
+    """The model is so small that a second thread makes it slower."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+def difference(a: Tensor, b: Tensor) -> float:
+    """|a - b| / |b|"""
+    return ((a - b).norm() / b.norm()).item()
+
+
+def noise(height: int = 16, width: int = 16, seed: int = 8888) -> Tensor:
+    return torch.randn(1, 4, height, width, generator=torch.Generator().manual_seed(seed))
+
+
+@functools.cache
+def word(tokens: int, other: int = 0) -> str:
+    """A word that the bundled model's tokenizer cuts into so many tokens; `other`: another one."""
+    tokenizer = load_tokenizer(FOLDER / "tokenizer")
+    candidates = (
+        *("motorcycle", "skateboard", "pie", "tea", "bus", "pear", "ham", "ball", "dogs", "carrot"),
+        *("truck", "lasagne", "croutons", "hippopotamus", "unimaginably", "inconceivably"),
+    )
+    return [w for w in candidates if len(tokenizer.tokenize(w)) == tokens][other]
+
+
+# --- against the reference -----------------------------------------------------------------------
+
+
+@dataclass
+class Case:
+    """One run, as minip2p is told of it and as the reference is."""
+
+    prompts: list[str]
+    ours: Any
+    theirs: list[ref.Edit | None]
+    settings: dict[str, Any] = field(default_factory=dict)  # of both
+    only_ours: dict[str, Any] = field(default_factory=dict)
+    coarse: tuple[int, int] = (16, 16)
+
+
+CASES: dict[str, Callable[[], Case]] = {}
+
+
+def case(function: Callable[[], Case]) -> Callable[[], Case]:
+    CASES[function.__name__] = function
+    return function
+
+
+def run_ours(model: minip2p.StableDiffusion, case: Case, **more: Any) -> minip2p.Result:
+    settings = {"num_inference_steps": STEPS, "scheduler": "ddim", "latents": noise()}
+    return minip2p.generate(
+        model, case.prompts, edit=case.ours, **(settings | case.settings | case.only_ours | more)
+    )
+
+
+def run_theirs(
+    model: minip2p.StableDiffusion, theirs: ref.Model, case: Case
+) -> tuple[Tensor, ref.Run]:
+    settings = dict(case.settings)
+    return ref.prompt_to_prompt(
+        theirs,
+        case.prompts,
+        case.theirs,
+        settings.pop("latents", noise()),
+        coarse=case.coarse,
+        steps=settings.pop("num_inference_steps", STEPS),
+        guidance=settings.pop("guidance_scale", model.defaults["guidance_scale"]),
+        **settings,
+    )
+
+
+# Word swap
+
+
+@case
+def swap_1_to_1() -> Case:
+    return Case(
+        [SQUIRREL, LION],
+        WordSwap(0.7, 0.4),
+        [ref.Edit(ref.replace, (0, 0.7), (0, 0.4))],
+    )
+
+
+@case
+def swap_1_to_2() -> Case:
+    return Case(
+        [SQUIRREL, f"a photo of a squirrel eating a {word(2)}"],
+        WordSwap(0.7, 0.4),
+        [ref.Edit(ref.replace, (0, 0.7), (0, 0.4))],
+    )
+
+
+@case
+def swap_1_to_3() -> Case:
+    return Case(
+        [SQUIRREL, f"a photo of a {word(3)} eating a burger"],
+        WordSwap(0.7, 0.4),
+        [ref.Edit(ref.replace, (0, 0.7), (0, 0.4))],
+    )
+
+
+@case
+def swap_2_to_1() -> Case:
+    return Case(
+        [
+            f"a painting of a dog riding a {word(2)} at night",
+            "a painting of a dog riding a car at night",
+        ],
+        WordSwap(0.7, 0.4),
+        [ref.Edit(ref.replace, (0, 0.7), (0, 0.4))],
+    )
+
+
+@case
+def swap_3_to_4() -> Case:
+    return Case(
+        [f"a {word(3)} eating a cake in the snow", f"a {word(4)} eating a cake in the snow"],
+        WordSwap(0.7, 0.4),
+        [ref.Edit(ref.replace, (0, 0.7), (0, 0.4))],
+    )
+
+
+@case
+def swap_several_words_1_to_3_and_2_to_1() -> Case:
+    return Case(
+        [f"a cat riding a {word(2)} on the beach", f"a {word(3)} riding a car on the beach"],
+        WordSwap(0.7, 0.4),
+        [ref.Edit(ref.replace, (0, 0.7), (0, 0.4))],
+    )
+
+
+@case
+def several_edits() -> Case:
+    edit = ref.Edit(ref.replace, (0, 0.8), (0, 0.4))
+    return Case(
+        [
+            SQUIRREL,
+            LION,
+            f"a photo of a squirrel eating a {word(2)}",
+            "a photo of a cat riding a car",
+        ],
+        WordSwap(0.8, 0.4),
+        [edit, edit, edit],
+    )
+
+
+@case
+def a_list_of_different_edits_one_of_them_none() -> Case:
+    return Case(
+        [SQUIRREL, LION, "a photo of a panda eating a cake", SNOW, SQUIRREL],
+        [
+            WordSwap((0.2, 0.7), 0.2),
+            None,
+            Refine({"default_": 0.8, "snow": 0.3, "burger": 0.5}, (0.0, 0.5)),
+            Reweight({"burger": -1.0}, WordSwap(0.4, 0.7)),
+        ],
+        [
+            ref.Edit(ref.replace, (0.2, 0.7), (0, 0.2)),
+            None,
+            ref.Edit(ref.refine, (0, 0.8), (0, 0.5), {"burger": (0, 0.5)}),
+            ref.Edit(ref.replace, (0, 0.4), (0, 0.7), weights={"burger": -1.0}),
+        ],
+    )
+
+
+# Windows
+
+
+@case
+def windows_with_start_and_end() -> Case:
+    return Case(
+        [SQUIRREL, LION],
+        WordSwap((0.2, 0.7), (0.34, 0.67)),
+        [ref.Edit(ref.replace, (0.2, 0.7), (0.34, 0.67))],
+    )
+
+
+@case
+def windows_of_words() -> Case:
+    new = word(2)
+    windows = {"lion": (0.0, 0.2), new: (0.5, 1.0)}
+    return Case(
+        [SQUIRREL, f"a photo of a lion eating a {new}"],
+        WordSwap({"default_": 0.7, "lion": 0.2, new: (0.5, 1.0)}, 0.4),
+        [ref.Edit(ref.replace, (0, 0.7), (0, 0.4), windows)],
+    )
+
+
+@case
+def windows_of_the_source_s_words() -> Case:
+    new = word(3)
+    return Case(
+        [SQUIRREL, f"a photo of a lion eating a {new}"],
+        WordSwap({"squirrel": 0.2, "burger": 0.4}, 0.4),  # without "default_": 1
+        [ref.Edit(ref.replace, (0, 1), (0, 0.4), {"lion": (0, 0.2), new: (0, 0.4)})],
+    )
+
+
+@case
+def windows_of_everything() -> Case:
+    return Case(
+        [SQUIRREL, LION],
+        WordSwap(1, 1),
+        [ref.Edit(ref.replace, (0, 1), (0, 1))],
+    )
+
+
+# Refinement
+
+
+@case
+def refine_adds_words() -> Case:
+    return Case(
+        [SQUIRREL, SNOW],
+        Refine(0.7, 0.4),
+        [ref.Edit(ref.refine, (0, 0.7), (0, 0.4))],
+    )
+
+
+@case
+def refine_adds_a_word_of_two_tokens_in_the_middle() -> Case:
+    return Case(
+        [SQUIRREL, f"a photo of a {word(2)} squirrel eating a {word(2, 1)} burger"],
+        Refine({"default_": 0.8, "squirrel": 0.3}, 0.4),
+        [ref.Edit(ref.refine, (0, 0.8), (0, 0.4), {"squirrel": (0, 0.3)})],
+    )
+
+
+@case
+def refine_takes_words_away() -> Case:
+    return Case(
+        [SNOW, SQUIRREL],
+        Refine(0.7, 0.4),
+        [ref.Edit(ref.refine, (0, 0.7), (0, 0.4))],
+    )
+
+
+# Re-weighting
+
+
+@case
+def reweight_louder() -> Case:
+    return Case(
+        [SNOW, SNOW],
+        Reweight({"snow": 4.0}, WordSwap(0.7, 0.4)),
+        [ref.Edit(ref.replace, (0, 0.7), (0, 0.4), weights={"snow": 4.0})],
+    )
+
+
+@case
+def reweight_negative() -> Case:
+    return Case(
+        [SNOW, SNOW],
+        Reweight({"snow": -1.0}, WordSwap(1.0, 0.4)),
+        [ref.Edit(ref.replace, (0, 1), (0, 0.4), weights={"snow": -1.0})],
+    )
+
+
+@case
+def reweight_without_any_window() -> Case:
+    return Case(
+        [SNOW, SNOW],
+        Reweight({"squirrel": 2.0}, WordSwap(0, 0)),
+        [ref.Edit(ref.replace, (0, 0), (0, 0), weights={"squirrel": 2.0})],
+    )
+
+
+@case
+def reweight_several_words_on_a_swap() -> Case:
+    new = word(3)
+    weights = {new: 3.0, "snow": -0.5, "photo": 0.0}
+    return Case(
+        [SNOW, f"a photo of a squirrel eating a {new} in the snow"],
+        Reweight(weights, WordSwap({"default_": 0.8, new: 0.3}, 0.4)),
+        [ref.Edit(ref.replace, (0, 0.8), (0, 0.4), {new: (0, 0.3)}, weights)],
+    )
+
+
+@case
+def reweight_on_a_refinement() -> Case:
+    weights = {"snow": 3.0, "burger": 0.5}
+    return Case(
+        [SQUIRREL, SNOW],
+        Reweight(weights, Refine((0.2, 0.8), 0.4)),
+        [ref.Edit(ref.refine, (0.2, 0.8), (0, 0.4), weights=weights)],
+    )
+
+
+# Local blend
+
+
+@case
+def blend() -> Case:
+    return Case(
+        [SQUIRREL, LION],
+        WordSwap(0.7, 0.4, LocalBlend(("squirrel", "lion"))),
+        [ref.Edit(ref.replace, (0, 0.7), (0, 0.4), blend=ref.Blend(["squirrel"], ["lion"]))],
+    )
+
+
+@case
+def blend_of_a_word_of_three_tokens_named_by_its_counterpart() -> Case:
+    new = word(3)
+    return Case(
+        [SQUIRREL, f"a photo of a squirrel eating a {new}"],
+        WordSwap({"default_": 1.0, new: 0.3}, 0.2, LocalBlend("burger", threshold=0.4)),
+        [
+            ref.Edit(
+                *(ref.replace, (0, 1), (0, 0.2), {new: (0, 0.3)}),
+                blend=ref.Blend(["burger"], [new], threshold=0.4),
+            )
+        ],
+    )
+
+
+@case
+def blend_starts_late_and_subtracts() -> Case:
+    return Case(
+        [SQUIRREL, LION],
+        WordSwap(0.7, 0.0, LocalBlend("lion", 0.25, start=0.5, subtract="burger")),
+        [
+            ref.Edit(
+                *(ref.replace, (0, 0.7), (0, 0)),
+                blend=ref.Blend(
+                    *(["squirrel"], ["lion"], ["burger"], ["burger"]), threshold=0.25, start=0.5
+                ),
+            )
+        ],
+    )
+
+
+@case
+def blend_of_two_edits_of_three_on_refine_and_reweight() -> Case:
+    lion_in_the_snow = "a photo of a lion eating a burger in the snow"
+    return Case(
+        [SQUIRREL, SNOW, LION, lion_in_the_snow],
+        [
+            Reweight({"snow": 2.0}, Refine(0.7, 0.4, LocalBlend("snow", 0.5))),
+            WordSwap(0.7, 0.4),
+            Refine(0.7, 0.4, LocalBlend(["lion", "burger"], start=0.34)),
+        ],
+        [
+            ref.Edit(
+                *(ref.refine, (0, 0.7), (0, 0.4)),
+                weights={"snow": 2.0},
+                blend=ref.Blend([], ["snow"], threshold=0.5),
+            ),
+            ref.Edit(ref.replace, (0, 0.7), (0, 0.4)),
+            ref.Edit(
+                *(ref.refine, (0, 0.7), (0, 0.4)),
+                blend=ref.Blend(["burger"], ["lion", "burger"], start=0.34),
+            ),
+        ],
+    )
+
+
+@case
+def blend_with_a_mask_of_one_s_own() -> Case:
+    mask = torch.zeros(16, 16, dtype=torch.bool)
+    mask[3:11, 2:9] = True
+    return Case(
+        [SQUIRREL, LION],
+        WordSwap(0.7, 0.4, LocalBlend(mask=mask, start=0.34)),
+        [ref.Edit(ref.replace, (0, 0.7), (0, 0.4), blend=ref.Blend(mask=mask, start=0.34))],
+    )
+
+
+# Schedulers, guidance, prompts
+
+
+@case
+def pndm() -> Case:
+    return Case(
+        [SQUIRREL, LION],
+        WordSwap({"default_": 0.8, "lion": 0.4}, (0.2, 0.7)),  # of 6 calls for 5 steps
+        [ref.Edit(ref.replace, (0, 0.8), (0.2, 0.7), {"lion": (0, 0.4)})],
+        {"scheduler": "pndm"},
+    )
+
+
+@case
+def pndm_blend() -> Case:
+    """The second call starts from x_T again, and so undoes what the blend did after the first."""
+    return Case(
+        [SQUIRREL, LION],
+        WordSwap(0.8, 0.4, LocalBlend("lion")),
+        [ref.Edit(ref.replace, (0, 0.8), (0, 0.4), blend=ref.Blend(["squirrel"], ["lion"]))],
+        {"scheduler": "pndm"},
+    )
+
+
+@case
+def guidance_1() -> Case:
+    return Case(
+        [SQUIRREL, LION],
+        WordSwap(0.7, 0.4, LocalBlend("lion")),
+        [ref.Edit(ref.replace, (0, 0.7), (0, 0.4), blend=ref.Blend(["squirrel"], ["lion"]))],
+        {"guidance_scale": 1},
+    )
+
+
+@case
+def negative_prompt() -> Case:
+    return Case(
+        [SQUIRREL, SNOW],
+        Refine(0.7, 0.4),
+        [ref.Edit(ref.refine, (0, 0.7), (0, 0.4))],
+        {"negative_prompt": "a painting of a car at night", "guidance_scale": 7.5},
+    )
+
+
+@case
+def a_prompt_that_fills_all_77_tokens() -> Case:
+    end = " in the snow" * 24
+    return Case(
+        [f"a cake{end}", f"a {word(2)}{end}"],  # 76 and 77 tokens with begin and end
+        WordSwap(0.7, 0.4),
+        [ref.Edit(ref.replace, (0, 0.7), (0, 0.4))],
+    )
+
+
+# Sizes: emoji's UNet attends at the latents' size, 1/2, 1/4 and, in the middle, 1/8 of it
+
+
+@case
+def size_16x24() -> Case:
+    """One level is both the finest and the coarse one."""
+    return Case(
+        [SQUIRREL, f"a photo of a squirrel eating a {word(2)}"],
+        WordSwap(0.7, 0.4, LocalBlend("burger")),
+        [ref.Edit(ref.replace, (0, 0.7), (0, 0.4), blend=ref.Blend(["burger"], [word(2)]))],
+        {"latents": noise(16, 24)},
+        coarse=(16, 24),
+    )
+
+
+@case
+def size_15x18_from_pixels() -> Case:
+    """Odd at every level: 15x18, 8x9, 4x5, 2x3."""
+    mask = torch.zeros(15, 18, dtype=torch.bool)
+    mask[:, 5:12] = True
+    big = mask.repeat_interleave(4, 0).repeat_interleave(4, 1).float().numpy()  # as the picture
+    return Case(
+        [SQUIRREL, SNOW],
+        Refine(0.7, 0.4, LocalBlend(mask=big)),
+        [ref.Edit(ref.refine, (0, 0.7), (0, 0.4), blend=ref.Blend(mask=mask))],
+        {"latents": noise(15, 18)},
+        {"latents": None, "height": 60, "width": 72, "seed": 8888},
+        coarse=(15, 18),
+    )
+
+
+@case
+def size_31x33() -> Case:
+    """Self-attention is replaced, and the blend looks, at 16x17, the second of four."""
+    return Case(
+        [SQUIRREL, f"a photo of a lion eating a {word(2)}"],
+        WordSwap({"default_": 0.8, "lion": 0.4}, 0.6, LocalBlend("lion", start=0.34)),
+        [
+            ref.Edit(
+                *(ref.replace, (0, 0.8), (0, 0.6), {"lion": (0, 0.4)}),
+                blend=ref.Blend(["squirrel"], ["lion"], start=0.34),
+            )
+        ],
+        {"latents": noise(31, 33), "num_inference_steps": 3},
+        coarse=(16, 17),
+    )
+
+
+@pytest.fixture(scope="module")
+def ours(model) -> Callable[[str], Tensor]:
+    """Name of a case → minip2p's latents; each is made once."""
+    return functools.cache(lambda name: run_ours(model, CASES[name]()).latents)
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_the_reference_ends_at_the_same_latents(model, ours, theirs, name):
+    case, found = CASES[name](), ours(name)
+    expected, run = run_theirs(model, theirs, case)
+    each = [difference(a, b) for a, b in zip(found, expected, strict=True)]
+    print(f"{name}: {max(each):.1e}, margin of the blend's masks {run.margin:.1e}")
+    assert max(each) < 1e-4
+    assert run.margin > 1e-5, "rounding decides about a pixel of the mask: change the threshold"
+
+
+def test_the_reference_s_sizes_are_those_of_the_coarse_level(model):
+    for case in (make() for make in CASES.values()):
+        size = case.settings.get("latents", noise()).shape[2:]
+        assert coarse_size(*size, model.unet.levels) == case.coarse
+
+
+def trailing_tokens_stay(tokenizer, source, target):
+    """The bug of the widely copied mapper: what follows an unequal swap is mapped j -> j."""
+    mapper, takes_part = ref.replace(tokenizer, source, target)
+    last = max(ref.positions(tokenizer, target, target.split()[-1:]))
+    mapper[:, last + 1 :] = torch.eye(ref.LENGTH)[:, last + 1 :]
+    return mapper, takes_part
+
+
+def shared_by_the_mean(tokenizer, source, target):
+    """n -> 1 takes the mean of the old word's tokens, and not their sum."""
+    mapper, takes_part = ref.replace(tokenizer, source, target)
+    return mapper / mapper.sum(dim=0).clamp(min=1), takes_part
+
+
+# What is done to the reference -> the latents move by more than 1e-3.
+WRONG: dict[str, tuple[str, dict[str, Any]]] = {
+    "cross window one call short": ("swap_1_to_1", {"cross": (0, 0.5)}),
+    "cross window one call late": ("swap_1_to_1", {"cross": (0.2, 0.7)}),
+    "self window one call short": ("swap_1_to_1", {"self_": (0, 0.2)}),
+    "self window one call long": ("swap_1_to_1", {"self_": (0, 0.6)}),
+    "a word's window one call short": ("pndm", {"word_windows": {"lion": (0, 0.2)}}),
+    "a word's window not seen": ("pndm", {"word_windows": {}}),
+    "pndm's calls taken for its steps": ("pndm", {"self_": (0.2, 0.5)}),
+    "trailing tokens stay": ("swap_1_to_2", {"align": trailing_tokens_stay}),
+    "n to 1 by the mean": ("swap_2_to_1", {"align": shared_by_the_mean}),
+    "weights a little off": ("reweight_louder", {"weights": {"snow": 3.8}}),
+    "no weights outside of the windows": ("reweight_without_any_window", {"weights": {}}),
+    "blend one call late": (
+        "blend_starts_late_and_subtracts",
+        {"blend": ref.Blend(["squirrel"], ["lion"], ["burger"], ["burger"], 0.25, 0.67)},
+    ),
+    "nothing subtracted": (
+        "blend_starts_late_and_subtracts",
+        {"blend": ref.Blend(["squirrel"], ["lion"], threshold=0.25, start=0.5)},
+    ),
+    "blend by the edit's word alone": ("blend", {"blend": ref.Blend([], ["lion"])}),
+}
+
+
+@pytest.mark.parametrize("how", WRONG)
+def test_the_comparison_sees(model, ours, theirs, how):
+    name, changes = WRONG[how]
+    case, found = CASES[name](), ours(name)
+    case.theirs = [replace(case.theirs[0], **changes)]
+    wrong, _ = run_theirs(model, theirs, case)
+    print(f"{how}: {difference(wrong[1], found[1]):.1e}")
+    assert difference(wrong[1], found[1]) > 1e-3
+    assert difference(wrong[0], found[0]) < 1e-4  # the source never depends on it
+
+
+# --- every layer: fused equals written out -------------------------------------------------------
+
+
+class WrittenOut(minip2p.Edit):
+    """The same edit, but on maps that are written down, at every layer."""
+
+    def __init__(self, edit: minip2p.Edit):
+        self.edit = edit
+
+    def __call__(self, probs: Tensor, site: minip2p.Site) -> Tensor:
+        return self.edit(probs, site) if self.edit.wants(site) else probs
+
+
+WINDOWS = {"default_": 0.8, "squirrel": 0.3, "snow": (0.6, 0.9)}  # at call 5 of 10: out, in, out
+
+# Each is what WordSwap and Refine do to the two edited prompts at call 5 of 10.
+MIXES: dict[str, Any] = {
+    "all from the source": [WordSwap(1.0, 1.0), WordSwap(1.0, 1.0)],
+    "one from the source": [None, WordSwap(1.0, 1.0)],
+    "the other from the source": [WordSwap(1.0, 1.0), None],
+    "some tokens": [WordSwap(WINDOWS, 0.0), Refine(1.0, (0.2, 0.6))],
+    "own maps": [WordSwap(0.0, 0.0), Refine(0.0, 0.0)],
+    "own maps, weighted": [Reweight({"snow": -2.0}, WordSwap(0, 0)), None],
+    "weighted on all": [Reweight({"lion": 3.0, "snow": 0.0}, WordSwap(1, 1)), WordSwap(1, 1)],
+    "weighted on some": [
+        Reweight({"snow": 3.0, "lion": -1.0}, WordSwap(WINDOWS, 0.5)),
+        Reweight({"night": 2.0}, Refine(1.0, 1.0)),
+    ],
+}
+
+
+def halfway(model: minip2p.StableDiffusion, size: tuple[int, int], edits: Any):
+    """Prompts of one length in words, their context, latents in the middle of a run, and call 5."""
+    texts = [SNOW, f"a photo of a lion eating a {word(2)} in the snow"]
+    texts.append("a photo of a squirrel riding a car at the night")
+    prompts = [tokenize(model.tokenizer, text) for text in texts]
+    coarse = coarse_size(*size, model.unet.levels)
+    edit = bind(edits, prompts, latent_size=size, coarse=coarse)
+    context = encode(model.text_encoder, prompts)
+    x = noise(*size).expand(len(prompts), -1, -1, -1)
+    x = next(minip2p.denoise(model.unet, minip2p.DDIM(2), x, context, context, 1.0))
+    return prompts, context, x, edit.at(5, 10)
+
+
+def each_layer(unet: Any, x: Tensor, context: Tensor, edit: Any, written: Any) -> dict[Any, float]:
+    """Of every layer of one UNet call, on its own input: how far the two ways differ."""
+    differences = {}
+
+    def compare(layer: Attention, args: tuple, out: Tensor) -> None:
+        site = (layer.site.name, layer.site.place, layer.site.is_cross, tuple(out.shape[1:3]))
+        differences[site] = difference(out, layer.forward(*args[:2], written))
+
+    layers = [m for m in unet.modules() if isinstance(m, Attention)]
+    hooks = [layer.register_forward_hook(compare) for layer in layers]
+    with torch.inference_mode():
+        unet(x, 501, context, edit)
+    for hook in hooks:
+        hook.remove()
+    assert len(differences) == len(layers)
+    return differences
+
+
+@pytest.mark.parametrize("name", MIXES)
+def test_every_layer_fused_equals_written_out(model, name):
+    _, context, x, edit = halfway(model, (32, 32), MIXES[name])
+    found = each_layer(model.unet, x, context, edit, WrittenOut(edit))
+    print(f"{name}: {max(found.values()):.1e}")
+    assert max(found.values()) < 1e-5
+
+    sites = {(place, is_cross, size) for _, place, is_cross, size in found}
+    places = {("down", n) for n in (32, 16, 8)} | {("mid", 4)} | {("up", n) for n in (32, 16, 8)}
+    assert sites == {(place, cross, (n, n)) for place, n in places for cross in (True, False)}
+
+
+@pytest.mark.parametrize("name", MIXES)
+def test_every_layer_with_guidance_and_a_store_of_words(model, name):
+    """The blank rows before the prompts are left alone, and what a fused edit reads is the map."""
+    prompts, context, x, edit = halfway(model, (16, 16), MIXES[name])
+    stores = [minip2p.AttentionStore(words=["snow", "lion", word(2)]) for _ in range(2)]
+    for store in stores:
+        store.begin(prompts, (16, 16))
+        store.at(0, 1)
+    fused, written = (Chain([edit, store]) for store in stores)
+    x, context = torch.cat([x, x]), torch.cat([context.flip(0), context])
+    found = each_layer(
+        model.unet,
+        x,
+        context,
+        Guided(fused, len(prompts)),
+        Guided(WrittenOut(written), len(prompts)),
+    )
+    read = [difference(*(store.average((n, n)) for store in stores)) for n in (16, 8, 4, 2)]
+    print(f"{name}: {max(found.values()):.1e}, maps of words {max(read):.1e}")
+    assert max(*found.values(), *read) < 1e-5
+
+
+@pytest.fixture
+def float64(monkeypatch):
+    """The package with float64 where it has float32."""
+    monkeypatch.setattr(Tensor, "float", Tensor.double)
+    torch.set_default_dtype(torch.float64)
+    yield
+    torch.set_default_dtype(torch.float32)
+
+
+@pytest.mark.parametrize("name", MIXES)
+def test_every_layer_fused_equals_written_out_to_the_last_digits_in_float64(model, float64, name):
+    in_float64 = copy.copy(model)
+    in_float64.unet = copy.deepcopy(model.unet).double()
+    in_float64.text_encoder = copy.deepcopy(model.text_encoder).double()
+    _, context, x, edit = halfway(in_float64, (16, 16), MIXES[name])
+    assert x.dtype == context.dtype == torch.float64
+    found = each_layer(in_float64.unet, x, context, edit, WrittenOut(edit))
+    print(f"{name}: {max(found.values()):.1e}")
+    assert max(found.values()) < 1e-12
+
+
+# --- what it means -------------------------------------------------------------------------------
+
+
+def generate(model: minip2p.StableDiffusion, prompts: Any, edit: Any = None, **settings: Any):
+    settings = {"num_inference_steps": STEPS, "scheduler": "ddim"} | settings
+    return minip2p.generate(model, prompts, edit=edit, **settings)
+
+
+@pytest.fixture(scope="module")
+def plain(model) -> minip2p.Result:
+    return generate(model, [SQUIRREL, LION])
+
+
+EDITS: dict[str, tuple[str, Any]] = {  # an edited prompt, and an edit that changes much
+    "swap": (LION, WordSwap(1.0, 1.0)),
+    "refine": (SNOW, Refine({"default_": 0.8, "burger": 0.2}, 0.4)),
+    "reweight": (LION, Reweight({"lion": 3.0, "burger": -2.0}, WordSwap((0.2, 0.8), 0.4))),
+    "blend": (LION, WordSwap(0.8, 0.4, LocalBlend("lion", subtract="burger"))),
+}
+
+
+@pytest.fixture(scope="module", params=["ddim", "pndm"])
+def alone(model, request) -> tuple[str, Tensor]:
+    return request.param, generate(model, SQUIRREL, scheduler=request.param).latents[0]
+
+
+@pytest.mark.parametrize("name", EDITS)
+def test_the_source_is_as_if_generated_alone(model, name, alone):
+    target, edit = EDITS[name]
+    scheduler, alone = alone
+    source, edited = generate(model, [SQUIRREL, target], edit, scheduler=scheduler).latents
+    print(f"{name}, {scheduler}: {difference(source, alone):.1e}")
+    assert difference(source, alone) < 1e-4
+    assert difference(edited, alone) > 1e-2
+
+
+@pytest.mark.parametrize(
+    "edit",
+    [
+        WordSwap(0.8, 0.4),
+        Refine({"default_": (0.3, 0.6), "burger": 0.2}, (0.5, 1.0)),
+        Reweight({"burger": 1.0}, WordSwap(1.0, 1.0)),
+        WordSwap(0.4, 0.4, LocalBlend("burger", start=0.5)),
+        "auto",
+    ],
+    ids=repr,
+)
+def test_an_edit_to_the_same_prompt_changes_nothing(model, plain, edit):
+    source, edited = generate(model, [SQUIRREL, SQUIRREL], edit).latents
+    print(f"{difference(edited, source):.1e}, {difference(edited, plain.latents[0]):.1e}")
+    assert difference(edited, source) < 1e-5
+    assert difference(edited, plain.latents[0]) < 1e-5
+
+
+@pytest.mark.parametrize(
+    "edit",
+    [
+        WordSwap(0, 0),
+        Refine(0.0, 0.0),
+        WordSwap({"default_": 0.0, "lion": (0.5, 0.5)}, (1.0, 1.0)),
+        Reweight({"lion": 1}, WordSwap(0, 0)),
+        [None],
+    ],
+    ids=repr,
+)
+def test_windows_of_0_are_no_edit(model, plain, edit):
+    assert torch.equal(generate(model, [SQUIRREL, LION], edit).latents, plain.latents)
+
+
+def test_auto_takes_the_edit_that_fits(model):
+    prompts = [SQUIRREL, f"a photo of a squirrel eating a {word(2)}", SNOW]
+    auto = generate(model, prompts, "auto").latents
+    assert torch.equal(auto, generate(model, prompts, [WordSwap(), Refine()]).latents)
+
+
+def test_a_mask_of_everything_is_no_blend_and_of_nothing_the_source(model):
+    def run(blend):
+        return generate(model, [SQUIRREL, LION], WordSwap(0.8, 0.4, blend)).latents
+
+    assert torch.equal(run(LocalBlend(mask=torch.ones(16, 16))), run(None))
+    source, edited = run(LocalBlend(mask=torch.zeros(64, 64)))
+    assert torch.equal(source, edited)
+
+
+def test_a_blend_keeps_the_source_outside_of_its_mask(model):
+    mask = torch.zeros(16, 16, dtype=torch.bool)
+    mask[4:12, 4:12] = True
+    source, edited = generate(
+        model, [SQUIRREL, LION], WordSwap(0.8, 0.4, LocalBlend(mask=mask))
+    ).latents
+    assert torch.equal(source[:, ~mask], edited[:, ~mask])
+    assert difference(edited[:, mask], source[:, mask]) > 0.1
+
+
+def test_edits_in_one_batch_are_as_if_alone(model):
+    """Neither the other prompts nor their order matter to an edit."""
+    names = list(EDITS)
+    prompts, edits = zip(*(EDITS[name] for name in names), strict=True)
+    together = generate(model, [SQUIRREL, *prompts], list(edits)).latents
+    backwards = generate(model, [SQUIRREL, *prompts[::-1]], list(edits[::-1])).latents
+    for row, (prompt, edit) in enumerate(zip(prompts, edits, strict=True), 1):
+        alone = generate(model, [SQUIRREL, prompt], edit).latents[1]
+        assert difference(together[row], alone) < 1e-4
+        assert difference(backwards[len(prompts) + 1 - row], alone) < 1e-4
+
+
+def test_two_runs_give_the_same_bytes(model):
+    target, edit = EDITS["blend"]
+    one, two = (generate(model, [SQUIRREL, target], edit, store=True) for _ in range(2))
+    assert torch.equal(one.latents, two.latents)
+    assert [image.tobytes() for image in one.images] == [image.tobytes() for image in two.images]
+    assert torch.equal(one.attention.average(), two.attention.average())
+
+
+# --- the store -----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("edit", [None, WordSwap(0.6, 0.4, LocalBlend("lion"))], ids=repr)
+def test_a_store_changes_nothing(model, edit):
+    """To the bit where no map is written down; else by the rounding of another order of sums."""
+
+    def run(store):
+        return generate(model, [SQUIRREL, LION], edit, store=store).latents
+
+    expected = run(False)
+    assert torch.equal(run(minip2p.AttentionStore(words=["lion", "burger"])), expected)
+    whole = run(minip2p.AttentionStore(self_attention=True, by_call=True))
+    before = run(minip2p.AttentionStore(before_edit=True))
+    print(f"{difference(whole, expected):.1e}, {difference(before, expected):.1e}")
+    assert difference(whole, expected) < 1e-5
+    assert difference(before, expected) < 1e-5
+
+
+def test_a_store_of_nothing_costs_nothing(model, plain):
+    store = minip2p.AttentionStore(cross=False)
+    assert torch.equal(generate(model, [SQUIRREL, LION], store=store).latents, plain.latents)
+    with pytest.raises(ValueError, match="only: nothing"):
+        store.average()
+
+
+@pytest.mark.parametrize("before_edit", [False, True])
+def test_rows_of_stored_maps_sum_to_1(model, before_edit):
+    """Also of an edited map, if all tokens have one window: every row of the mapper sums to 1."""
+    store = minip2p.AttentionStore(self_attention=True, before_edit=before_edit)
+    prompts = [SQUIRREL, f"a photo of a lion eating a {word(3)}"]
+    generate(model, prompts, WordSwap(0.6, 0.4), store=store)
+    for n in (16, 8, 4, 2):
+        for is_cross in (True, False):
+            maps = store.average((n, n), is_cross=is_cross)
+            assert maps.shape == (2, n, n, 77 if is_cross else n * n)
+            assert maps.min() >= 0
+            torch.testing.assert_close(maps.sum(dim=-1), torch.ones(2, n, n), rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("scheduler", ["ddim", "pndm"])
+def test_stored_maps_are_the_reference_s(model, theirs, scheduler):
+    case = Case(
+        [SQUIRREL, f"a photo of a lion eating a {word(2)}"],
+        Reweight({"lion": 2.0}, WordSwap(0.6, 0.4)),
+        [ref.Edit(ref.replace, (0, 0.6), (0, 0.4), weights={"lion": 2.0})],
+        {"scheduler": scheduler},
+    )
+    _, run = run_theirs(model, theirs, case)
+    for before_edit, sums in ((False, run.after), (True, run.before)):
+        store = minip2p.AttentionStore(before_edit=before_edit)
+        run_ours(model, case, store=store)
+        expected = (sums / run.layers).float().view(2, 16, 16, 77)
+        print(f"{scheduler}: {difference(store.average(), expected):.1e}")
+        assert difference(store.average(), expected) < 1e-5
+
+
+def test_before_the_edit_and_after(model):
+    def run(before_edit):
+        store = minip2p.AttentionStore(before_edit=before_edit)
+        generate(model, [SQUIRREL, LION], WordSwap(1.0, 0.0), store=store)
+        return store.average()
+
+    before, after = run(True), run(False)
+    assert torch.equal(after[1], after[0])  # the lion's maps are the squirrel's
+    assert difference(before[0], after[0]) < 1e-5
+    assert difference(before[1], after[1]) > 1e-2
+
+
+@pytest.mark.parametrize("before_edit", [False, True])
+def test_words_are_columns_of_the_whole_maps(model, before_edit):
+    new = word(3)
+    prompts = [SQUIRREL, f"a photo of a squirrel eating a {new}"]
+    words = ["squirrel", new, "burger", "eating a"]
+    whole, some = (
+        minip2p.AttentionStore(words=words, before_edit=before_edit) for words in (None, words)
+    )
+    for store in (whole, some):
+        generate(model, prompts, WordSwap({new: 0.4}, 0.4, LocalBlend(new)), store=store)
+    assert some.average().shape == (2, 16, 16, 4)
+    pairs = [(w, p) for w in words for p in (0, 1) if w in prompts[p]]
+    for size in ((16, 16), (8, 8)):
+        for name, prompt in pairs:
+            expected = whole.word(name, prompt, size=size)
+            assert expected.shape == size
+            assert difference(some.word(name, prompt, size=size), expected) < 1e-5
+            for place in ("down", "up"):
+                a, b = (s.word(name, prompt, size=size, places=[place]) for s in (some, whole))
+                assert difference(a, b) < 1e-5
+    at = ref.positions(model.tokenizer, prompts[1], [new])
+    torch.testing.assert_close(whole.word(new, 1), whole.average()[1][..., at].sum(dim=-1))
+
+
+@pytest.mark.parametrize("words", [None, ["squirrel", "burger"]])
+@pytest.mark.parametrize("scheduler", ["ddim", "pndm"])
+def test_maps_of_the_calls_sum_to_the_average(model, words, scheduler):
+    def run(by_call):
+        store = minip2p.AttentionStore(words=words, by_call=by_call)
+        generate(model, [SQUIRREL, LION], WordSwap(0.6, 0.4), store=store, scheduler=scheduler)
+        return store
+
+    apart, summed = run(True), run(False)
+    calls = STEPS + (scheduler == "pndm")
+    each = [apart.average(call=call) for call in range(calls)]
+    assert difference(sum(each) / calls, summed.average()) < 1e-5
+    assert difference(apart.average(), summed.average()) < 1e-5
+    assert difference(each[0], each[-1]) > 1e-3
+    with pytest.raises(ValueError, match=f"0 to {calls - 1}"):
+        apart.average(call=calls)
+    with pytest.raises(ValueError, match="by_call=True"):
+        summed.average(call=0)
+
+
+@pytest.mark.parametrize("by_call", [False, True])
+def test_no_later_edit_reaches_a_stored_map(model, by_call):
+    """The hook overwrites every map in place after the store has seen it."""
+    seen: dict[minip2p.Site, list[Tensor]] = {}
+
+    class Overwrite(minip2p.Edit):
+        def __call__(self, probs, site):
+            seen.setdefault(site, []).append(probs.mean(dim=1).clone())
+            return probs.fill_(0.01)
+
+    store = minip2p.AttentionStore(self_attention=True, before_edit=True, by_call=by_call)
+    generate(model, [SQUIRREL, LION], Overwrite(), store=store)
+    assert len(store.maps) == len(seen) == 20
+    for site, maps in seen.items():
+        expected = maps if by_call else [sum(maps)]
+        assert len(store.maps[site]) == len(expected)
+        for a, b in zip(store.maps[site], expected, strict=True):
+            torch.testing.assert_close(a, b)
+
+
+def test_a_store_forgets_the_run_before(model):
+    store = minip2p.AttentionStore()
+    generate(model, [SQUIRREL, LION, SNOW], [WordSwap(0.6, 0.4), None], store=store)
+    assert store.average().shape[0] == 3
+    generate(model, SNOW, store=store)
+    again, fresh = store.average(), generate(model, SNOW, store=True).attention.average()
+    assert again.shape == (1, 16, 16, 77)
+    assert torch.equal(again, fresh)
+
+
+# --- a hook of one's own -------------------------------------------------------------------------
+
+
+def test_the_example_of_edit_s_docstring(model, plain):
+    """It doubles a word's attention, in the edited prompts and the first half of the run."""
+    lines = minip2p.Edit.__doc__.split("class Louder", 1)[1].splitlines()
+    source = "\n".join(["class Louder" + lines[0], *(line[4:] for line in lines[1:])])
+    names = {"minip2p": minip2p}
+    exec(source, names)
+
+    store = minip2p.AttentionStore(by_call=True)
+    before = minip2p.AttentionStore(by_call=True, before_edit=True)
+    loud = generate(model, [SQUIRREL, LION], names["Louder"](), store=store).latents
+    generate(model, [SQUIRREL, LION], names["Louder"](), store=before)
+    assert difference(loud[0], plain.latents[0]) < 1e-5
+    assert difference(loud[1], plain.latents[1]) > 1e-2
+    for call in range(STEPS):
+        factor = torch.ones(2, 1, 1, 77)
+        factor[1, ..., 5] = 2 if call < STEPS / 2 else 1
+        expected = before.average(call=call) * factor
+        assert difference(store.average(call=call), expected) < 1e-5
+
+    # It is what Reweight does.
+    lion = Reweight({"lion": 2.0}, WordSwap(0, 0))
+    always = type("Always", (names["Louder"],), {"at": minip2p.Edit.at})()
+    expected = generate(model, [SQUIRREL, LION], lion).latents
+    assert difference(generate(model, [SQUIRREL, LION], always).latents, expected) < 1e-5
+
+
+def test_a_hook_sees_each_layer_once_a_call_and_every_prompt_s_row(model):
+    seen = []
+
+    class Look(minip2p.Edit):
+        def at(self, call, calls):
+            seen.append((call, calls))
+            return self if call in (0, 3) else None
+
+        def wants(self, site):
+            return site.place == "up"
+
+        def __call__(self, probs, site):
+            seen.append(site)
+            assert probs.dtype == torch.float32
+            keys = 77 if site.is_cross else site.height * site.width
+            assert probs.shape == (3, 4, site.height * site.width, keys)
+            return probs
+
+    generate(model, [SQUIRREL, LION, SNOW], Look(), scheduler="pndm", height=64, width=96)
+    names = [n for n, m in model.unet.named_modules() if isinstance(m, Attention) and n[0] == "u"]
+    assert len(names) == 12
+    calls = [i for i, what in enumerate(seen) if isinstance(what, tuple)]
+    assert [seen[i] for i in calls] == [(call, STEPS + 1) for call in range(STEPS + 1)]
+    for call, (start, stop) in enumerate(zip(calls, [*calls[1:], len(seen)], strict=True)):
+        sites = seen[start + 1 : stop]
+        assert [site.name for site in sites] == (names if call in (0, 3) else [])
+        assert {(s.height, s.width) for s in sites} <= {(16, 24), (8, 12), (4, 6)}
+        assert all(site.is_cross == site.name.endswith("attn2") for site in sites)
+
+
+def test_a_hook_that_returns_new_maps_is_word_swap(model):
+    """The definition of word swap at a full window, in a hook's own words."""
+
+    class Swap(minip2p.Edit):
+        def __call__(self, probs, site):
+            return probs[:1].expand_as(probs)
+
+    expected = generate(model, [SQUIRREL, LION], WordSwap(1.0, 1.0)).latents
+    assert difference(generate(model, [SQUIRREL, LION], Swap()).latents, expected) < 1e-5
+
+
+def test_a_hook_s_blend_sees_the_latents_after_each_call(model, plain):
+    class Copy(minip2p.Edit):
+        def wants(self, site):
+            return False
+
+        def blend(self, latents):
+            return latents[:1].expand_as(latents)
+
+    source, edited = generate(model, [SQUIRREL, LION], Copy()).latents
+    assert torch.equal(source, edited)
+    assert torch.equal(source, plain.latents[0])
+
+
+def test_an_exception_in_a_hook_leaves_nothing_behind(model):
+    class Broken(minip2p.Edit):
+        def at(self, call, calls):
+            return self if call == 2 else None
+
+        def __call__(self, probs, site):
+            probs.zero_()
+            if site.place == "mid":
+                raise RuntimeError("broken")
+            return probs
+
+    target, edit = EDITS["blend"]
+    store = minip2p.AttentionStore()
+    expected = generate(model, [SQUIRREL, target], edit, store=store).latents
+    maps = store.average()
+    with pytest.raises(RuntimeError, match="broken"):
+        generate(model, [SQUIRREL, target], Broken(), store=store)
+    assert torch.equal(generate(model, [SQUIRREL, target], edit, store=store).latents, expected)
+    assert torch.equal(store.average(), maps)
+
+
+# --- not there yet -------------------------------------------------------------------------------
+
+
+def test_a_store_may_have_more_words_than_a_head_is_wide(model):
+    words = [a + b for a in ("", "a ", "of a ", "photo of a ") for b in ("squirrel",)]
+    words += ["eating", "eating a", "eating a burger", "squirrel eating", "squirrel eating a"]
+    words += ["photo", "a photo", "photo of", "of", "of a", "a", "burger", "a burger", "lion"]
+    stores = minip2p.AttentionStore(words=words), minip2p.AttentionStore()
+    for store in stores:
+        generate(model, [SQUIRREL, LION], store=store)
+    for name in words[:-1]:
+        assert difference(*(store.word(name) for store in stores)) < 1e-5
+
+
+def test_a_hook_may_be_an_empty_list(model):
+    class Names(minip2p.Edit, list):
+        def __call__(self, probs, site):
+            self.append(site.name)
+            return probs
+
+    names = Names()
+    generate(model, [SQUIRREL, LION], names)
+    assert len(names) == 20 * STEPS
+
+
+@pytest.mark.parametrize("is_cross", [True, False])
+def test_a_hook_may_be_a_linear_map_with_guidance(model, plain, is_cross):
+    class Same(minip2p.Edit):
+        def wants(self, site):
+            return site.is_cross == is_cross
+
+        def mix(self, site):
+            keys = 77 if is_cross else site.height * site.width
+            return Mix(own_rows=slice(None if is_cross else 0, None), own=torch.ones(2, keys))
+
+    assert difference(generate(model, [SQUIRREL, LION], Same()).latents, plain.latents) < 1e-5
