@@ -46,8 +46,8 @@ class Prompt:
     @property
     def words(self) -> list[str]:
         """The words that can be named, each once, without surrounding punctuation."""
-        words = (word.strip(PUNCTUATION) or word for word in self.text[: self.cut].split())
-        return list(dict.fromkeys(words))
+        whole = (m[0] for m in re.finditer(r"\S+", self.text) if m.end() <= self.cut)
+        return list(dict.fromkeys(word.strip(PUNCTUATION) or word for word in whole))
 
     def positions(self, start: int, stop: int) -> list[int]:
         """Positions of the tokens that cover any of text[start:stop]."""
@@ -76,10 +76,11 @@ class Prompt:
 def _pattern(word: str) -> re.Pattern[str]:
     """A regular expression for `word` as a whole: any case, any white space, composed or not."""
     word = word.strip().strip(PUNCTUATION).strip() or word.strip()
-    forms = {unicodedata.normalize(form, word) for form in ("NFC", "NFD")}
+    forms = {word, *(unicodedata.normalize(form, word) for form in ("NFC", "NFD"))}
     bodies = "|".join(r"\s+".join(map(re.escape, form.split())) for form in sorted(forms))
-    before = r"(?<!\w)" if re.match(r"\w", word) else ""
-    after = r"(?![\w\u0300-\u036f])" if re.search(r"\w[\u0300-\u036f]*$", word) else ""
+    letter = r"[^\W_]|[\u0300-\u036f]"  # or a combining accent
+    before = f"(?<!{letter})" if re.match(letter, word) else ""
+    after = f"(?!{letter})" if re.search(f"(?:{letter})$", word) else ""
     return re.compile(f"{before}(?:{bodies}){after}" if word else r"(?!)", re.IGNORECASE)
 
 
@@ -156,9 +157,9 @@ def replacement(source: Prompt, target: Prompt) -> Alignment:
 
 
 def _same_mark(source: Prompt, i: int, target: Prompt, j: int) -> bool:
-    """Whether both tokens are the same punctuation."""
-    mark = source.text[slice(*source.spans[i - 1])]
-    return source.ids[i] == target.ids[j] and not any(map(str.isalnum, mark))
+    """Whether both tokens are the same and begin with punctuation."""
+    mark = source.text[slice(*source.spans[i - 1])]  # "," or "'s"
+    return source.ids[i] == target.ids[j] and not mark[:1].isalnum()
 
 
 def refinement(source: Prompt, target: Prompt) -> Alignment:
@@ -202,14 +203,16 @@ def window(value: Window) -> tuple[float, float]:
     Raises ValueError unless 0 <= start <= end <= 1.
     """
     try:
-        start, end = value if isinstance(value, Sequence | Tensor) else (0.0, value)
-        start, end = float(start), float(end)
-    except (TypeError, ValueError):
+        pair = value if isinstance(value, Sequence | Tensor) else (0.0, value)
+        if any(isinstance(one, str | bool) for one in (value, *pair)):
+            raise TypeError
+        start, end = map(float, pair)
+    except (TypeError, ValueError, OverflowError):
         start = end = math.nan
     if not 0 <= start <= end <= 1:
         raise ValueError(
-            "A window is a fraction of the UNet calls from 0 to 1, or a pair (start, end) of them, "
-            f"not {value!r}."
+            "A window is a fraction of the UNet calls from 0 to 1, or a pair (start, end) of them "
+            f"with start <= end, not {value!r}."
         )
     return start, end
 
@@ -267,6 +270,9 @@ def _set_once(of_token: dict, j: int, word: str, value: object) -> None:
 def check_words(words: Sequence[str], prompts: Sequence[Prompt]) -> None:
     """Raises ValueError, listing the words that are there, if one of `words` is in no prompt."""
     for word in words:
+        if not isinstance(word, str):
+            raise ValueError(f"A word is given as a string, not as {word!r}.")
         if not any(prompt.find(word) for prompt in prompts):
             known = ", ".join(dict.fromkeys(w for prompt in prompts for w in prompt.words))
-            raise ValueError(f"There is no word {word!r} in the prompts; they have: {known}.")
+            where = "the prompts" if len(prompts) > 1 else repr(prompts[0].text)
+            raise ValueError(f"There is no word {word!r} in {where}; there are: {known}.")

@@ -25,6 +25,8 @@ from torch.nn.functional import pad, scaled_dot_product_attention
 
 from .align import LENGTH, Prompt, check_words
 
+PLACES = "down", "mid", "up"
+
 
 @dataclass(frozen=True)
 class Site:
@@ -318,8 +320,9 @@ class Attention(nn.Module):
 class AttentionStore(Edit):
     """Keep attention maps, averaged over heads and summed over the UNet calls. Changes nothing.
 
-    places: which of "down", "mid", "up". cross, self_attention: which kinds. max_pixels: the
-    largest feature map whose maps are kept; a self-attention map has its square as entries.
+    places: which of "down", "mid", "up". cross, self_attention: which kinds. max_pixels: of the
+    largest feature map whose maps are kept; None means 32 x 32, or the coarse size where that is
+    larger. A self-attention map has the square of it as entries.
     words: keep only these words' maps, for which no whole map is written down; None: every token's.
     before_edit: the maps as each prompt had them, not as the edit left them.
     by_call: keep every UNet call's maps apart.
@@ -333,14 +336,17 @@ class AttentionStore(Edit):
         places: Sequence[str] = ("down", "mid", "up"),
         cross: bool = True,
         self_attention: bool = False,
-        max_pixels: int = 32 * 32,
+        max_pixels: int | None = None,
         words: Sequence[str] | None = None,
         before_edit: bool = False,
         by_call: bool = False,
     ):
-        self.places, self.max_pixels = tuple(places), max_pixels
+        self.places = (places,) if isinstance(places, str) else tuple(places)
+        if unknown := [place for place in self.places if place not in PLACES]:
+            raise ValueError(f"There is no place {unknown[0]!r}, only: {', '.join(PLACES)}.")
+        self.max_pixels = max_pixels
         self.kinds = {True: cross, False: self_attention}
-        self.words = None if words is None else list(words)
+        self.words = [words] if isinstance(words, str) else None if words is None else list(words)
         self.before_edit, self.by_call = before_edit, by_call
         self.begin([], (0, 0))
 
@@ -366,10 +372,11 @@ class AttentionStore(Edit):
         return self
 
     def wants(self, site: Site) -> bool:
+        coarse, most = self.size[0] * self.size[1], self.max_pixels
         return (
             self.kinds[site.is_cross]
             and site.place in self.places
-            and site.height * site.width <= self.max_pixels
+            and site.height * site.width <= (max(32 * 32, coarse) if most is None else most)
         )
 
     def __call__(self, probs: Tensor, site: Site) -> Tensor:
@@ -406,6 +413,10 @@ class AttentionStore(Edit):
         Raises ValueError, listing what there is, if no such map was kept.
         """
         size, places = size or self.size, places or self.places
+        places = (places,) if isinstance(places, str) else tuple(places)
+        if not isinstance(size, Sequence) or len(size) != 2:
+            raise ValueError(f"A size is a pair (height, width), not {size!r}.")
+        size = size[0], size[1]
         sites = [
             site
             for site in self.maps
@@ -424,7 +435,7 @@ class AttentionStore(Edit):
             )
         if call is None:
             maps = [torch.stack(self.maps[site]).sum(dim=0) / self.calls for site in sites]
-        elif self.by_call and 0 <= call < self.calls:
+        elif self.by_call and call in range(self.calls):
             maps = [self.maps[site][call] for site in sites]
         else:
             raise ValueError(
@@ -433,15 +444,27 @@ class AttentionStore(Edit):
             )
         return torch.stack(maps).mean(dim=0).unflatten(1, size)
 
+    def prompt(self, number: int) -> Prompt:
+        """The prompt of that row. Raises ValueError if there is none."""
+        if not isinstance(number, int) or not 0 <= number < len(self.prompts):
+            raise ValueError(
+                f"There is no prompt number {number!r}: the store has {len(self.prompts)}, "
+                "counted from 0."
+            )
+        return self.prompts[number]
+
     def word(self, word: str, prompt: int = 0, **which: Any) -> Tensor:
         """How much each pixel looks at `word`, summed over its tokens; `which` as in average. → h w
 
         Raises ValueError if the prompt has no such word.
         """
-        check_words([word], [self.prompts[prompt]])
+        text = self.prompt(prompt)
+        check_words([word], [text])
+        if not which.get("is_cross", True):
+            raise ValueError("A word has maps in cross-attention only: leave out is_cross=False.")
         maps = self.average(**which)[prompt]
         if self.words is None:
-            return maps[..., self.prompts[prompt].find(word)].sum(dim=-1)
+            return maps[..., text.find(word)].sum(dim=-1)
         if word not in self.words:
             raise ValueError(f"Only the words {', '.join(self.words)} were kept, not {word!r}.")
         return maps[..., self.words.index(word)]

@@ -8,12 +8,13 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import os
 import re
 import sys
 import tempfile
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NoReturn
@@ -35,6 +36,18 @@ NEED_AN_EDIT = (
 )
 
 
+class Once(argparse.Action):
+    """Store a value; a second one is a mistake, not a correction."""
+
+    taken = False
+
+    def __call__(self, parser: Any, namespace: Any, value: Any, option: str | None = None) -> None:
+        if self.taken:
+            raise argparse.ArgumentError(self, f"it can be given only once, not again as {value!r}")
+        self.taken = True
+        setattr(namespace, self.dest, value)
+
+
 class Parser(argparse.ArgumentParser):
     def error(self, message: str) -> NoReturn:
         """One sentence, without the usage lines."""
@@ -48,6 +61,7 @@ def make_parser() -> Parser:
         "Without arguments: a squirrel that eats a burger, a lion without control, and the swap.",
         allow_abbrev=False,
     )
+    parser.register("action", None, Once)  # the default of add_argument
     add = parser.add_argument
     add("prompt", nargs="?", help="what the (source) picture shows")
     add(
@@ -56,14 +70,14 @@ def make_parser() -> Parser:
         help="emoji (bundled), a diffusers folder, a .safetensors file, a hub id",
     )
     add("--tokenizer", help="a folder with CLIP's tokenizer, beside a single file")
-    add("--steps", type=whole, help="inference steps")
-    add("--guidance", type=number, help="guidance scale")
+    add("--steps", type=number(int, 1, 999), help="inference steps")
+    add("--guidance", type=number(float, -1000, 1000), help="guidance scale")
     add("--negative", default="", metavar="PROMPT", help="negative prompt")
-    add("--seed", type=whole, default=8888)
-    add("--height", type=whole, help="of the picture, in pixels")
-    add("--width", type=whole)
+    add("--seed", type=number(int, 0, 2**63 - 1), default=8888)
+    add("--height", type=number(int, 1, 16384), help="of the picture, in pixels")
+    add("--width", type=number(int, 1, 16384))
     add("--scheduler", choices=list(SCHEDULERS))
-    add("--eta", type=number, default=0.0, help="DDIM's share of new noise in each step")
+    add("--eta", type=number(float, 0, 1), default=0.0, help="DDIM's share of new noise")
     add("--device", help="cpu, cuda, mps; by default the fastest that is there")
     add("--dtype", choices=["float32", "float16", "bfloat16"], default="float32")
     add(
@@ -94,18 +108,22 @@ def make_parser() -> Parser:
     return parser
 
 
-def whole(value: str) -> int:
-    try:
-        return int(value)
-    except ValueError:
-        raise argparse.ArgumentTypeError(f"it must be a whole number, not {value!r}") from None
+def number(kind: type[int] | type[float], low: int, high: int) -> Callable[[str], float]:
+    """Reads a number of that kind within those bounds; for argparse."""
+    what = "whole number" if kind is int else "number"
 
+    def parse(value: str) -> float:
+        try:
+            parsed = kind(value)
+        except ValueError:
+            parsed = math.nan
+        if not low <= parsed <= high:
+            raise argparse.ArgumentTypeError(
+                f"it must be a {what} from {low} to {high}, not {value!r}"
+            )
+        return parsed
 
-def number(value: str) -> float:
-    try:
-        return float(value)
-    except ValueError:
-        raise argparse.ArgumentTypeError(f"it must be a number, not {value!r}") from None
+    return parse
 
 
 def pair(option: str, value: str) -> tuple[str, str]:
@@ -116,13 +134,21 @@ def pair(option: str, value: str) -> tuple[str, str]:
     return left.strip(), right.strip()
 
 
-def parse_weight(value: str) -> tuple[str, float]:
-    """WORD=2"""
-    word, weight = pair("--reweight", value)
-    try:
-        return word, float(weight)
-    except ValueError:
-        raise ValueError(f"--reweight takes a number for {word!r}, not {weight!r}.") from None
+def parse_weights(values: Sequence[str]) -> dict[str, float]:
+    """Any of WORD=2"""
+    weights: dict[str, float] = {}
+    for value in values:
+        word, weight = pair("--reweight", value)
+        try:
+            factor = float(weight)
+        except ValueError:
+            factor = math.nan
+        if not math.isfinite(factor):
+            raise ValueError(f"--reweight takes a finite number for {word!r}, not {weight!r}.")
+        if word in weights:
+            raise ValueError(f"--reweight has two weights for {word!r}: give one.")
+        weights[word] = factor
+    return weights
 
 
 def parse_window(option: str, value: str) -> tuple[float, float]:
@@ -168,17 +194,19 @@ class Job:
 
 def make_job(args: argparse.Namespace) -> Job:
     """The prompts and edits of a command line. Raises ValueError where they make no sense."""
+    if (args.swap or args.to or args.reweight) and not (args.prompt or "").strip():
+        raise ValueError("An edit needs the source prompt: give it first, in quotes.")
+    if blank := [target for target in args.to if not target.strip()]:
+        raise ValueError(f"--to takes a prompt, not {blank[0]!r}.")
     if args.prompt is None:
-        if args.swap or args.to or args.reweight:
-            raise ValueError("An edit needs the source prompt: give it first, in quotes.")
         args.prompt, args.swap, args.baseline = EXAMPLE[0], [EXAMPLE[1]], True
     targets = [swap_word(args.prompt, *pair("--swap", swap)) for swap in args.swap] + args.to
-    weights = dict(parse_weight(value) for value in args.reweight)
+    weights = parse_weights(args.reweight)
     if weights and not targets:
         targets = [args.prompt]
     if not targets:
         for option in NEED_AN_EDIT:
-            if getattr(args, option):
+            if getattr(args, option) not in (None, False, []):
                 raise ValueError(
                     f"--{option.replace('_', '-')} needs an edit: add --swap OLD=NEW, --to PROMPT "
                     "or --reweight WORD=2."
@@ -208,9 +236,14 @@ def parse_edits(args: argparse.Namespace) -> list[tuple[PromptEdit, str]]:
     kind, ends = pair("--sweep", args.sweep)
     if kind not in ("cross", "self"):
         raise ValueError(f"--sweep takes cross=0.1,0.5,0.9 or self=..., not {args.sweep!r}.")
-    edits = []
+    if (cross if kind == "cross" else self_) is not None:
+        raise ValueError(f"--sweep {kind}=... sets what --{kind}-replace-steps sets: give one.")
+    edits, before = [], set()
     for end in ends.split(","):
         swept = parse_window("--sweep", end)
+        if swept in before:
+            raise ValueError(f"--sweep has {end} twice, as {args.sweep!r}: give it once.")
+        before.add(swept)
         edit = (
             PromptEdit(swept, self_, blend) if kind == "cross" else PromptEdit(cross, swept, blend)
         )
@@ -225,17 +258,25 @@ def save(image: Image.Image, path: Path, settings: Mapping[str, Any]) -> None:
         info.add_itxt(
             name, value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
         )
-    path.parent.mkdir(parents=True, exist_ok=True)
-    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.stem}-", suffix=".png")
     try:
-        with os.fdopen(handle, "wb") as file:
-            image.save(file, "PNG", pnginfo=info)
-        os.chmod(temporary, 0o666 & ~_umask())  # mkstemp's files are for their owner alone
-        os.replace(temporary, path)
-    except BaseException:
-        os.unlink(temporary)
-        raise
-    print(path)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        handle, temporary = tempfile.mkstemp(
+            dir=path.parent, prefix=f".{path.stem}-", suffix=".png"
+        )
+        try:
+            with os.fdopen(handle, "wb") as file:
+                image.save(file, "PNG", pnginfo=info)
+            os.chmod(temporary, 0o666 & ~_umask())  # mkstemp's files are for their owner alone
+            os.replace(temporary, path)
+        except BaseException:
+            Path(temporary).unlink(missing_ok=True)
+            raise
+    except OSError as error:  # not all of them say which file
+        raise ValueError(f"{path} can't be written: {error.strerror or error}.") from error
+    try:
+        print(path, flush=True)
+    except BrokenPipeError:  # | head -1: the reader has seen enough, the pictures are still wanted
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def _umask() -> int:
@@ -247,8 +288,15 @@ def _umask() -> int:
 def check_out(folder: Path) -> None:
     """Raises ValueError, before time is spent on pictures, if `folder` can't take them."""
     there = folder
-    while not there.exists() and there != there.parent:
-        there = there.parent
+    while True:
+        try:
+            there.stat()
+            break
+        except (FileNotFoundError, NotADirectoryError):
+            there = there.parent
+        except (OSError, ValueError) as error:  # a name that is too long, or with a NUL in it
+            reason = getattr(error, "strerror", None) or error
+            raise ValueError(f"--out {str(folder)!r} can't be a folder: {reason}.") from None
     if not there.is_dir() or not os.access(there, os.W_OK):
         raise ValueError(f"--out {folder}: {there} is no folder that can be written to.")
 
@@ -268,23 +316,29 @@ def warn_unknown_words(model: StableDiffusion, prompts: Sequence[str]) -> None:
 
 def write(result: Result, job: Job, args: argparse.Namespace) -> None:
     """Every picture, with --maps its word maps, and all pictures side by side."""
+    settings = {"model": args.model, "dtype": args.dtype} | result.settings
     for i, (image, name) in enumerate(zip(result.images, job.names, strict=True)):
         own = {"prompt": job.prompts[i], "edit": repr(job.edits[i - 1]) if i else "None"}
-        save(image, args.out / f"{name}.png", own | result.settings)
+        save(image, args.out / f"{name}.png", settings | own)
         if result.attention:
             maps = show.word_maps(image, result.attention, i)
-            save(maps, args.out / f"{name}-maps.png", own | result.settings)
+            save(maps, args.out / f"{name}-maps.png", settings | own)
     if len(result.images) > 1:
         # One row; with --sweep, one for each edited prompt.
         columns = args.sweep.count(",") + 1 + args.baseline if args.sweep else len(result.images)
         starts = range(1, len(result.images), columns)
         rows = [result.images[:1] + result.images[i : i + columns] for i in starts]
         captions = [job.captions[:1] + job.captions[i : i + columns] for i in starts]
-        save(show.grid(rows, captions), args.out / "row.png", result.settings)
+        save(show.grid(rows, captions), args.out / "row.png", settings)
 
 
 def run(argv: Sequence[str] | None) -> None:
-    args = make_parser().parse_args(argv)
+    args, rest = make_parser().parse_known_args(argv)
+    if rest:
+        raise ValueError(
+            f"{' '.join(rest)!r} is not understood: a prompt stands in quotes, "
+            "and --help lists the options."
+        )
     job = make_job(args)
     check_out(args.out)
     model = load(
@@ -299,6 +353,8 @@ def run(argv: Sequence[str] | None) -> None:
                 job.edits,
                 num_inference_steps=args.steps,
                 scheduler=args.scheduler,
+                height=args.height,
+                width=args.width,
             )
         )
         return
@@ -320,17 +376,25 @@ def run(argv: Sequence[str] | None) -> None:
     write(result, job, args)
 
 
+def fail(error: object) -> int:
+    """One line on standard error, whatever the error holds."""
+    print(" ".join(str(error).split()).rstrip(".") + ".", file=sys.stderr)
+    return 2
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """The exit status: 0, 2 for a mistake of the user's, 130 for an interruption."""
     warnings.formatwarning = lambda message, *_, **__: f"{message}\n"
     try:
         run(argv)
-    except OSError as error:
-        print(f"{error.filename}: {error.strerror}." if error.strerror else error, file=sys.stderr)
-        return 2
-    except ValueError as error:
-        print(error, file=sys.stderr)
-        return 2
+    except (OSError, ValueError) as error:
+        return fail(error)
+    except RuntimeError as error:
+        if not isinstance(error, torch.cuda.OutOfMemoryError) and "allocate memory" not in str(
+            error
+        ):
+            raise
+        return fail("There is not enough memory: ask for smaller pictures or for fewer at a time")
     except KeyboardInterrupt:
         print("Interrupted: pictures that were not finished were not written.", file=sys.stderr)
         return 130

@@ -18,6 +18,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from numbers import Real
 from typing import Any, Literal
 
 import numpy as np
@@ -41,6 +42,20 @@ from .align import (
     window,
 )
 from .attention import Edit, Mix, Rows, Site
+
+
+def is_number(value: object) -> bool:
+    """Whether it is a real number of any library, and not True or False."""
+    return isinstance(value, Real) and not isinstance(value, bool)
+
+
+def describe(value: object) -> str:
+    """What a message says was given: short values themselves, of others the kind."""
+    if isinstance(value, type):
+        return f"the class {value.__name__} without ()"
+    short = len(repr(value)) <= 40 and "<" not in repr(value)
+    return repr(value) if short else f"an object of type {type(value).__name__}"
+
 
 # --- what a user writes --------------------------------------------------------------------------
 
@@ -70,14 +85,23 @@ class LocalBlend:
     def __post_init__(self) -> None:
         for name in ("words", "subtract"):
             value = getattr(self, name)
-            object.__setattr__(self, name, (value,) if isinstance(value, str) else tuple(value))
+            value = (value,) if isinstance(value, str) else value
+            if not isinstance(value, Sequence) or not all(isinstance(v, str) for v in value):
+                raise ValueError(f"A blend's {name} are a word or a list of words, not {value!r}.")
+            object.__setattr__(self, name, tuple(value))
         if bool(self.words) == (self.mask is not None):
             raise ValueError("A LocalBlend needs at least one word or a mask, and not both.")
-        if not 0 <= self.threshold < 1:
+        if self.subtract and self.mask is not None:
+            raise ValueError("A LocalBlend subtracts words from words, not from a mask.")
+        if not is_number(self.threshold) or not 0 <= self.threshold < 1:
             raise ValueError(
-                f"A blend's threshold must be from 0 to below 1, not {self.threshold}."
+                f"A blend's threshold must be from 0 to below 1, not {self.threshold!r}."
             )
-        window(self.start)
+        if not is_number(self.start) or not 0 <= self.start <= 1:
+            raise ValueError(
+                "A blend starts at a fraction of the UNet calls from 0 to 1, "
+                f"not at {self.start!r}."
+            )
 
 
 @dataclass(frozen=True)
@@ -94,6 +118,10 @@ class PromptEdit:
     cross_replace_steps: Windows | None = None
     self_replace_steps: Window | None = None
     local_blend: LocalBlend | None = None
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.local_blend, LocalBlend | None):
+            raise ValueError(f"local_blend is a LocalBlend, not {describe(self.local_blend)}.")
 
     def align(self, source: Prompt, target: Prompt) -> Alignment:
         """WordSwap where both prompts have as many words, Refine where not."""
@@ -144,9 +172,14 @@ class Reweight:
                 f"not {self.weights!r}."
             )
         for word, weight in self.weights.items():
-            number = isinstance(weight, int | float) and not isinstance(weight, bool)
-            if not number or not math.isfinite(weight):
-                raise ValueError(f"The weight of {word!r} must be one number, not {weight!r}.")
+            if not is_number(weight) or not math.isfinite(weight):
+                raise ValueError(
+                    f"The weight of {word!r} must be one finite number, not {weight!r}."
+                )
+        if not isinstance(self.edit, PromptEdit):
+            raise ValueError(
+                f"A Reweight comes on top of a WordSwap or Refine, not of {describe(self.edit)}."
+            )
 
 
 # What `generate` takes as `edit`; a list has one for each edited prompt, None to leave it alone.
@@ -199,7 +232,7 @@ def bind(
     elif not isinstance(edit, list | tuple):
         raise ValueError(
             'edit is "auto", a WordSwap, Refine or Reweight, a list with one for each edited '
-            f"prompt, or an object of a subclass of minip2p.Edit, not {edit!r}."
+            f"prompt, or an object of a subclass of minip2p.Edit, not {describe(edit)}."
         )
     if len(edit) != len(targets):
         raise ValueError(
@@ -227,7 +260,8 @@ def _bind_row(
         weights, edit = edit.weights, edit.edit
     if not isinstance(edit, PromptEdit):
         raise ValueError(
-            f"An edited prompt's edit is a WordSwap, Refine, Reweight or None, not {edit!r}."
+            "An edited prompt's edit is a WordSwap, Refine, Reweight or None, "
+            f"not {describe(edit)}."
         )
     cross, self_ = edit.cross_replace_steps, edit.self_replace_steps
     cross = defaults.get("cross_replace_steps", 0.8) if cross is None else cross
@@ -286,34 +320,37 @@ class PromptToPrompt(Edit):
 
     def explain(self, calls: int) -> str:
         """A table for each edited prompt: whose attention a token takes over, at which calls."""
-        tables = []
+        tables = [f"Source: {self.source.text}"]
         for r, row in enumerate(self.rows, 1):
             if row is None:
-                tables.append(f"Edit {r}: no control.")
+                tables.append(f"Edit {r}: without control.")
                 continue
-            lines = [
-                f"Edit {r}: {row.prompt.text}",
-                f"{'token':>18}  {'from the source':<32}calls, weight",
-            ]
+            lines = [("token", "looks where the source looks at", "in the UNet's calls", "")]
             for j in range(1, row.prompt.end):
-                mapper = row.alignment.mapper[:, j] * row.alignment.exists[j]
+                parts = (row.alignment.mapper[:, j] * row.alignment.exists[j]).tolist()
                 names = [
-                    _token(self.source, i) + ("" if mapper[i] == 1 else f" x {mapper[i]:.2g}")
-                    for i in mapper.nonzero().flatten().tolist()
+                    _token(self.source, i)
+                    if part == 1
+                    else f"1/{1 / part:.0f} {_token(self.source, i)}"
+                    for i, part in enumerate(parts)
+                    if part
                 ]
-                when = _calls(row.windows[j], calls) if names else "its own attention"
-                weight = "" if row.weights[j] == 1 else f", weight {row.weights[j]:g}"
-                lines.append(f"{_token(row.prompt, j):>18}  {' + '.join(names):<32}{when}{weight}")
-            lines.append(
-                f"{'self-attention':>18}  {f'up to {self.coarse[0]} x {self.coarse[1]}':<32}"
-                f"{_calls(row.self_window, calls)}"
-            )
+                when = _calls(row.windows[j], calls) if names else ""
+                weight = "" if row.weights[j] == 1 else f"weight {row.weights[j]:g} in all"
+                source = " + ".join(names) or "(nothing: new)"
+                lines.append((_token(row.prompt, j), source, when, weight))
+            size = f"{self.coarse[0]} x {self.coarse[1]}"
+            layout = f"(self-attention up to {size})", _calls(row.self_window, calls), ""
+            lines += [("", "", "", ""), ("layout", *layout)]
             if row.blend:
                 what = ", ".join(row.blend.words) or "your own mask"
-                lines.append(
-                    f"{'local blend':>18}  {what:<32}{_calls((row.blend.start, 1.0), calls)}"
-                )
-            tables.append("\n".join(lines))
+                if row.blend.subtract:
+                    what += f" without {', '.join(row.blend.subtract)}"
+                lines.append(("blend", f"({what})", _calls((row.blend.start, 1.0), calls), ""))
+            widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
+            text = ("  ".join(map(str.ljust, line, widths)) for line in lines)
+            table = "\n".join(f"  {line}".rstrip() for line in text)
+            tables.append(f"Edit {r}: {row.prompt.text}\n\n{table}")
         return "\n\n".join(tables)
 
     def _cross(self, call: int, calls: int) -> Mix | None:
@@ -461,10 +498,17 @@ def _own_mask(mask: Any, latent_size: tuple[int, int]) -> Tensor:
     """A user's mask, of the latents' size or a whole multiple of it → bool h w"""
     h, w = latent_size
     if hasattr(mask, "convert"):  # a PIL image
-        mask = np.asarray(mask.convert("L")) / 255
-    mask = torch.as_tensor(mask).float()
+        mask = np.asarray(mask.convert("L"))
+    try:
+        mask = torch.as_tensor(mask)
+        mask = mask.float() / (255 if mask.dtype == torch.uint8 else 1)
+    except (TypeError, ValueError, RuntimeError):
+        raise ValueError(
+            f"A blend's mask is a PIL image, an array or a tensor, not {describe(mask)}."
+        ) from None
     if (
         mask.ndim != 2
+        or not mask.numel()
         or mask.shape[0] % h
         or mask.shape[1] % w
         or mask.shape[0] * w != mask.shape[1] * h

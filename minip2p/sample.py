@@ -9,6 +9,7 @@ import math
 import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
+from numbers import Integral
 from typing import Any
 
 import torch
@@ -19,7 +20,7 @@ from tqdm import tqdm
 from . import show, text
 from .align import Prompt
 from .attention import AttentionStore, Chain, Edit, Guided, Words, coarse_size
-from .edit import Edits, PromptToPrompt, bind
+from .edit import Edits, PromptToPrompt, bind, describe, is_number
 from .scheduler import DDIM, PNDM
 from .unet import UNet
 from .weights import StableDiffusion
@@ -100,29 +101,30 @@ def generate(
     of new noise in each step. store: True or an AttentionStore keeps attention maps.
     Raises ValueError, with what is possible, for a setting or an edit that does not fit.
     """
-    prompts = [prompts] if isinstance(prompts, str) else list(prompts)
-    if not prompts or not all(isinstance(prompt, str) for prompt in prompts):
-        raise ValueError(f"generate takes a prompt or a list of prompts, not {prompts!r}.")
-    if not isinstance(seed, int) or not 0 <= seed < 2**63:
+    prompts = _list_of(prompts)
+    if not isinstance(negative_prompt, str):
+        raise ValueError(
+            f"The negative prompt is one string for all prompts, not {describe(negative_prompt)}."
+        )
+    if not _is_whole(seed) or not 0 <= seed < 2**63:
         raise ValueError(f"The seed must be a whole number from 0 to 2**63 - 1, not {seed!r}.")
     guidance = _choose(model, "guidance_scale", guidance_scale, 7.5)
-    if not isinstance(guidance, int | float) or not math.isfinite(guidance):
+    if not is_number(guidance) or not math.isfinite(guidance):
         raise ValueError(f"The guidance scale must be a finite number, not {guidance!r}.")
+    if not isinstance(store, bool | AttentionStore | None):
+        raise ValueError(f"store is True, False or an AttentionStore, not {describe(store)}.")
+    if latents is not None:
+        _check_latents(latents, len(prompts))
 
     h, w = _latent_size(model, height, width, latents)
-    noise = torch.Generator().manual_seed(seed)
+    noise = torch.Generator().manual_seed(int(seed))
     x = torch.randn(1, 4, h, w, generator=noise) if latents is None else latents.float()
-    if x.ndim != 4 or len(x) not in (1, len(prompts)) or x.shape[1] != 4:
-        raise ValueError(
-            f"latents must have the shape (1 or {len(prompts)}, 4, height, width), "
-            f"not {tuple(x.shape)}."
-        )
     x = x.to(model.device).expand(len(prompts), -1, -1, -1)
     scheduler = make_scheduler(model, num_inference_steps, scheduler, eta, noise)
 
     tokens = [text.tokenize(model.tokenizer, prompt) for prompt in prompts]
     bound = _bind(model, tokens, edit, (h, w))
-    kept = store if isinstance(store, AttentionStore) else AttentionStore() if store else None
+    kept = AttentionStore() if store is True else store or None
     if kept is not None:
         kept.begin(tokens, coarse_size(h, w, model.unet.levels), model.device)
         order = [kept, bound] if kept.before_edit else [bound, kept]
@@ -140,8 +142,9 @@ def generate(
         "negative_prompt": negative_prompt,
         "edit": repr(edit),
         "seed": seed,
-        "scheduler": type(scheduler).__name__,
-        "unet_calls": len(scheduler.timesteps),
+        "scheduler": type(scheduler).__name__.lower(),
+        "num_inference_steps": len(set(scheduler.timesteps)),  # PNDM calls the UNet once more
+        "eta": getattr(scheduler, "eta", 0.0),
         "guidance_scale": guidance,
         "height": h * model.vae.f,
         "width": w * model.vae.f,
@@ -166,12 +169,16 @@ def explain(
     *,
     num_inference_steps: int | None = None,
     scheduler: str | DDIM | None = None,
+    height: int | None = None,
+    width: int | None = None,
 ) -> str:
     """What an edit will do, as a table: which tokens take over whose attention, and when."""
-    tokens = [text.tokenize(model.tokenizer, prompt) for prompt in prompts]
-    bound = _bind(model, tokens, edit, _latent_size(model, None, None, None))
+    tokens = [text.tokenize(model.tokenizer, prompt) for prompt in _list_of(prompts)]
+    bound = _bind(model, tokens, edit, _latent_size(model, height, width, None))
     if not isinstance(bound, PromptToPrompt):
-        raise ValueError(f"Only Prompt-to-Prompt's own edits can be explained, not {edit!r}.")
+        raise ValueError(
+            f"Only Prompt-to-Prompt's own edits can be explained, not {describe(edit)}."
+        )
     calls = len(make_scheduler(model, num_inference_steps, scheduler).timesteps)
     return bound.explain(calls)
 
@@ -185,14 +192,50 @@ def make_scheduler(
 ) -> DDIM:
     """A scheduler for one run; None takes what the model recommends. Raises ValueError."""
     if scheduler is not None and not isinstance(scheduler, str):
-        return scheduler  # the caller's own: anything with `timesteps` and `step`
+        if not hasattr(scheduler, "timesteps") or not hasattr(scheduler, "step"):
+            raise ValueError(
+                f"The scheduler must be one of {', '.join(SCHEDULERS)}, or an object with "
+                f"timesteps and step, not {describe(scheduler)}."
+            )
+        if steps is not None or eta:
+            raise ValueError(
+                "A scheduler of your own has its steps and its eta already: give them to it alone."
+            )
+        return scheduler
     name = _choose(model, "scheduler", scheduler, model.scheduler)
     if name not in SCHEDULERS:
         raise ValueError(f"The scheduler must be one of {', '.join(SCHEDULERS)}, not {name!r}.")
     steps = _choose(model, "num_inference_steps", steps, 50)
-    if not isinstance(steps, int):
+    if not _is_whole(steps):
         raise ValueError(f"The number of steps must be a whole number, not {steps!r}.")
     return SCHEDULERS[name](steps, eta=eta, generator=generator, **model.schedule)
+
+
+def _is_whole(value: object) -> bool:
+    return isinstance(value, Integral) and not isinstance(value, bool)
+
+
+def _list_of(prompts: str | Sequence[str]) -> list[str]:
+    """Raises ValueError unless it is a prompt or a list of prompts."""
+    several = [prompts] if isinstance(prompts, str) else prompts
+    if not isinstance(several, Sequence) or not several:
+        raise ValueError(f"Give a prompt or a list of prompts, not {describe(prompts)}.")
+    for prompt in several:
+        if not isinstance(prompt, str):
+            raise ValueError(f"A prompt is a string, not {describe(prompt)}.")
+    return list(several)
+
+
+def _check_latents(latents: Tensor, b: int) -> None:
+    if not isinstance(latents, Tensor):
+        raise ValueError(f"latents are a tensor, not {describe(latents)}.")
+    n, channels, h, w = latents.shape if latents.ndim == 4 else (0, 0, 0, 0)
+    if n not in (1, b) or channels != 4 or not h or not w:
+        raise ValueError(
+            f"latents must have the shape (1 or {b}, 4, height, width), not {tuple(latents.shape)}."
+        )
+    if not latents.isfinite().all():
+        raise ValueError("latents must be finite numbers, and some are infinite or nan.")
 
 
 def _choose(model: StableDiffusion, name: str, given: Any, fallback: Any) -> Any:
@@ -223,8 +266,10 @@ def _latent_size(
     for name, pixels, size in (("height", height, given[0]), ("width", width, given[1])):
         if pixels is None:
             pixels = size * f
-        elif isinstance(pixels, bool) or not isinstance(pixels, int) or pixels <= 0 or pixels % f:
-            raise ValueError(f"The {name} must be a multiple of {f} pixels, not {pixels!r}.")
+        elif not _is_whole(pixels) or pixels <= 0 or pixels % f:
+            raise ValueError(
+                f"The {name} must be a positive multiple of {f} pixels, not {pixels!r}."
+            )
         elif latents is not None and pixels != size * f:
             raise ValueError(
                 f"The {name} is {pixels}, but the latents are for {size * f}: give one."

@@ -7,6 +7,7 @@
 The formulas keep diffusers' order of operations, so that float32 results are equal to the bit.
 """
 
+from numbers import Real
 from typing import Any
 
 import torch
@@ -46,13 +47,13 @@ class DDIM:
             raise ValueError(
                 f"The number of steps must be from 1 to {num_train_timesteps - 1}, not {steps}."
             )
-        if not 0 <= eta <= 1:
-            raise ValueError(f"eta must be from 0 (DDIM) to 1 (DDPM), not {eta}.")
+        if isinstance(eta, bool) or not isinstance(eta, Real) or not 0 <= eta <= 1:
+            raise ValueError(f"eta must be from 0 (DDIM) to 1 (DDPM), not {eta!r}.")
         self.alpha_bar = alpha_bars(num_train_timesteps, beta_start, beta_end)
         # SD was trained to end at ᾱ_0, a little noise above the clean latent.
         self.last_alpha_bar = torch.tensor(1.0) if set_alpha_to_one else self.alpha_bar[0]
         self.stride = num_train_timesteps // steps
-        self.timesteps = [i * self.stride + steps_offset for i in reversed(range(steps))]
+        self.timesteps: list[int] = [i * self.stride + steps_offset for i in reversed(range(steps))]
         self.eta, self.generator = eta, generator
 
     def _alpha_bar_pair(self, t: int) -> tuple[Tensor, Tensor]:

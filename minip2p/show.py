@@ -5,7 +5,7 @@ Every function returns a new PIL image and changes nothing.
 
 from __future__ import annotations
 
-import textwrap
+import unicodedata
 from collections.abc import Sequence
 from typing import Any
 
@@ -18,6 +18,8 @@ from .attention import AttentionStore
 CELL = 256  # a picture's height in a row, in pixels; smaller ones are enlarged to it
 FONT_SIZE = 15
 MARGIN = 8
+COLUMNS = 8  # of word maps, before a new row
+NARROW = 96  # captions have at least this width
 # From nothing to the maximum, as in magma: dark, violet, red, yellow. Even steps of lightness.
 COLOURS = torch.tensor(
     [[0, 0, 4], [81, 18, 124], [183, 55, 121], [252, 137, 97], [252, 253, 191.0]]
@@ -30,9 +32,15 @@ def to_images(pixels: Tensor) -> list[Image.Image]:
     return [Image.fromarray(p.numpy()) for p in pixels.permute(0, 2, 3, 1).cpu()]
 
 
-def row(images: Sequence[Image.Image], captions: Sequence[str] = ()) -> Image.Image:
-    """Images side by side, each with its caption under it."""
-    return grid([images], [captions] if captions else [])
+def row(
+    images: Sequence[Image.Image], captions: Sequence[str] = (), columns: int | None = None
+) -> Image.Image:
+    """Images side by side, each with its caption under it; a new row after every `columns`."""
+    n = columns or len(images)
+    starts = range(0, len(images), n)
+    return grid(
+        [images[i : i + n] for i in starts], [captions[i : i + n] for i in starts if captions]
+    )
 
 
 def grid(
@@ -43,8 +51,8 @@ def grid(
     scale = max(1, round(CELL / rows[0][0].height))
     width = max(image.width for images in rows for image in images) * scale
     height = max(image.height for images in rows for image in images) * scale
-    per_line = max(8, int(width / (FONT_SIZE * 0.55)))
-    texts = [["\n".join(textwrap.wrap(text, per_line)) for text in line] for line in captions]
+    width = max(width, NARROW) if captions else width
+    texts = [[_wrap(text, font, width) for text in line] for line in captions]
     lines = max((text.count("\n") + 1 for line in texts for text in line), default=0)
     cell = width + MARGIN, height + MARGIN + round(lines * FONT_SIZE * 1.3)
 
@@ -55,11 +63,28 @@ def grid(
         for x, image in enumerate(images):
             left, top = MARGIN + x * cell[0], MARGIN + y * cell[1]
             size = image.width * scale, image.height * scale
-            sheet.paste(image.resize(size, Image.Resampling.BICUBIC), (left, top))
+            middle = left + (width - size[0]) // 2
+            sheet.paste(image.resize(size, Image.Resampling.BICUBIC), (middle, top))
             if texts and x < len(texts[y]):
-                middle = left + width / 2, top + height + 4
-                draw.multiline_text(middle, texts[y][x], "black", font, "ma", align="center")
+                below = left + width / 2, top + height + 4
+                draw.multiline_text(below, texts[y][x], "black", font, "ma", align="center")
     return sheet
+
+
+def _wrap(text: str, font: Any, width: int) -> str:
+    """`text` in lines of at most `width` pixels, without the accents that Pillow's font lacks."""
+    text = "".join(c for c in unicodedata.normalize("NFKD", text) if not unicodedata.combining(c))
+    lines = [""]
+    for word in text.split():
+        if lines[-1] and font.getlength(f"{lines[-1]} {word}") <= width:
+            lines[-1] += f" {word}"
+            continue
+        lines.append("")
+        for letter in word:
+            if lines[-1] and font.getlength(lines[-1] + letter) > width:
+                lines.append("")
+            lines[-1] += letter
+    return "\n".join(lines[1:])
 
 
 def heat(weights: Tensor, size: tuple[int, int]) -> Image.Image:
@@ -89,21 +114,20 @@ def word_maps(
 
     which: size, places and call, as for AttentionStore.average.
     """
-    words = list(words or store.words or store.prompts[prompt].words)
+    words = list(words or store.words or store.prompt(prompt).words)
     maps = [overlay(image, store.word(word, prompt, **which)) for word in words]
-    return row([image, *maps], [store.prompts[prompt].text, *words])
+    return row([image, *maps], [store.prompt(prompt).text, *words], COLUMNS)
 
 
 def token_maps(
     image: Image.Image, store: AttentionStore, prompt: int = 0, **which: Any
 ) -> Image.Image:
     """The image, then where it looks at each token: begin, the text's and the first end token."""
-    source = store.prompts[prompt]
+    source = store.prompt(prompt)
     maps = store.average(**which)[prompt]  # h w k
     names = ["<begin>", *(source.text[a:b] for a, b in source.spans), "<end>"][: maps.shape[-1]]
-    return row(
-        [image, *(overlay(image, maps[..., i]) for i in range(len(names)))], [source.text, *names]
-    )
+    overlays = [overlay(image, maps[..., i]) for i in range(len(names))]
+    return row([image, *overlays], [source.text, *names], COLUMNS)
 
 
 def map_over_calls(

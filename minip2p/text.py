@@ -20,6 +20,10 @@ from .align import LENGTH, Prompt
 
 def tokenize(tokenizer: Any, text: str) -> Prompt:
     """Cut and pad `text` to 77 tokens. Warns, naming what falls off, where it is longer."""
+    try:
+        text.encode()
+    except UnicodeEncodeError:  # bytes that came from a shell as surrogates
+        raise ValueError(f"The prompt {text!r} is no text in UTF-8.") from None
     encoded = tokenizer(text, return_offsets_mapping=True, add_special_tokens=False, verbose=False)
     ids, spans = encoded["input_ids"], [tuple(span) for span in encoded["offset_mapping"]]
     room = LENGTH - 2
