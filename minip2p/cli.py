@@ -15,9 +15,9 @@ import sys
 import tempfile
 import warnings
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any, BinaryIO, NoReturn
 
 import torch
 from PIL import Image
@@ -26,6 +26,7 @@ from PIL.PngImagePlugin import PngInfo
 from . import show
 from .align import DEFAULT, Window, Windows, swap_word, window
 from .edit import LocalBlend, PromptEdit, Reweight
+from .page import PageStore, page
 from .sample import SCHEDULERS, Result, explain, generate
 from .weights import StableDiffusion, load
 
@@ -103,6 +104,7 @@ def make_parser() -> Parser:
 
     add = parser.add_argument_group("looking closer").add_argument
     add("--maps", action="store_true", help="show where each picture looks at each word")
+    add("--html", type=Path, metavar="FILE", help="write a page to explore the maps, call by call")
     add("--explain", action="store_true", help="print the alignment and the windows, and stop")
     add("--sweep", metavar="cross=0.1,0.5,0.9", help="one picture for each window; or self=...")
     return parser
@@ -252,20 +254,25 @@ def parse_edits(args: argparse.Namespace) -> list[tuple[PromptEdit, str]]:
 
 
 def save(image: Image.Image, path: Path, settings: Mapping[str, Any]) -> None:
-    """Write a PNG with its settings in it, under a temporary name first: never half a file."""
+    """Write a PNG with its settings in it."""
     info = PngInfo()
     for name, value in settings.items():
         info.add_itxt(
             name, value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
         )
+    write_whole(path, lambda file: image.save(file, "PNG", pnginfo=info))
+
+
+def write_whole(path: Path, fill: Callable[[BinaryIO], object]) -> None:
+    """Write a file under a temporary name first: never half of it."""
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         handle, temporary = tempfile.mkstemp(
-            dir=path.parent, prefix=f".{path.stem}-", suffix=".png"
+            dir=path.parent, prefix=f".{path.stem}-", suffix=path.suffix
         )
         try:
             with os.fdopen(handle, "wb") as file:
-                image.save(file, "PNG", pnginfo=info)
+                fill(file)
             os.chmod(temporary, 0o666 & ~_umask())  # mkstemp's files are for their owner alone
             os.replace(temporary, path)
         except BaseException:
@@ -285,7 +292,7 @@ def _umask() -> int:
     return mask
 
 
-def check_out(folder: Path) -> None:
+def check_out(folder: Path, option: str = "--out") -> None:
     """Raises ValueError, before time is spent on pictures, if `folder` can't take them."""
     there = folder
     while True:
@@ -296,9 +303,9 @@ def check_out(folder: Path) -> None:
             there = there.parent
         except (OSError, ValueError) as error:  # a name that is too long, or with a NUL in it
             reason = getattr(error, "strerror", None) or error
-            raise ValueError(f"--out {str(folder)!r} can't be a folder: {reason}.") from None
+            raise ValueError(f"{option} {str(folder)!r} can't be a folder: {reason}.") from None
     if not there.is_dir() or not os.access(there, os.W_OK):
-        raise ValueError(f"--out {folder}: {there} is no folder that can be written to.")
+        raise ValueError(f"{option} {folder}: {there} is no folder that can be written to.")
 
 
 def warn_unknown_words(model: StableDiffusion, prompts: Sequence[str]) -> None:
@@ -315,12 +322,12 @@ def warn_unknown_words(model: StableDiffusion, prompts: Sequence[str]) -> None:
 
 
 def write(result: Result, job: Job, args: argparse.Namespace) -> None:
-    """Every picture, with --maps its word maps, and all pictures side by side."""
+    """Every picture, with --maps its word maps, all pictures side by side, and --html's page."""
     settings = {"model": args.model, "dtype": args.dtype} | result.settings
     for i, (image, name) in enumerate(zip(result.images, job.names, strict=True)):
         own = {"prompt": job.prompts[i], "edit": repr(job.edits[i - 1]) if i else "None"}
         save(image, args.out / f"{name}.png", settings | own)
-        if result.attention:
+        if args.maps and result.attention:
             maps = show.word_maps(image, result.attention, i)
             save(maps, args.out / f"{name}-maps.png", settings | own)
     if len(result.images) > 1:
@@ -330,6 +337,9 @@ def write(result: Result, job: Job, args: argparse.Namespace) -> None:
         rows = [result.images[:1] + result.images[i : i + columns] for i in starts]
         captions = [job.captions[:1] + job.captions[i : i + columns] for i in starts]
         save(show.grid(rows, captions), args.out / "row.png", settings)
+    if args.html:
+        text = page(replace(result, settings=settings), result.edit, job.names)
+        write_whole(args.html, lambda file: file.write(text.encode()))
 
 
 def run(argv: Sequence[str] | None) -> None:
@@ -341,6 +351,10 @@ def run(argv: Sequence[str] | None) -> None:
         )
     job = make_job(args)
     check_out(args.out)
+    if args.html:
+        check_out(args.html.parent, "--html")
+        if args.html.is_dir():
+            raise ValueError(f"--html {args.html} is a folder: name a file in it.")
     model = load(
         args.model, tokenizer=args.tokenizer, device=args.device, dtype=getattr(torch, args.dtype)
     )
@@ -370,7 +384,7 @@ def run(argv: Sequence[str] | None) -> None:
         width=args.width,
         scheduler=args.scheduler,
         eta=args.eta,
-        store=args.maps,
+        store=PageStore() if args.html else args.maps,
         progress=True,
     )
     write(result, job, args)

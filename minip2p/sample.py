@@ -71,6 +71,7 @@ class Result:
     latents: Tensor  # b 4 h w, float32, on the model's device
     attention: AttentionStore | None
     settings: dict[str, Any] = field(repr=False)  # what repeats the run
+    edit: Edit | None = field(default=None, repr=False)  # as it was bound to the prompts
 
 
 def generate(
@@ -124,15 +125,16 @@ def generate(
 
     tokens = [text.tokenize(model.tokenizer, prompt) for prompt in prompts]
     bound = _bind(model, tokens, edit, (h, w))
+    hook = bound
     kept = AttentionStore() if store is True else store or None
     if kept is not None:
         kept.begin(tokens, coarse_size(h, w, model.unet.levels), model.device)
         order = [kept, bound] if kept.before_edit else [bound, kept]
-        bound = Chain([one for one in order if one is not None])
+        hook = Chain([one for one in order if one is not None])
 
     words = text.encode(model.text_encoder, tokens)
     blank = text.encode(model.text_encoder, [text.tokenize(model.tokenizer, negative_prompt)])
-    steps = denoise(model.unet, scheduler, x, words, blank.expand_as(words), guidance, bound)
+    steps = denoise(model.unet, scheduler, x, words, blank.expand_as(words), guidance, hook)
     for x in tqdm(steps, total=len(scheduler.timesteps), disable=not progress):  # noqa: B007
         pass
 
@@ -149,9 +151,8 @@ def generate(
         "height": h * model.vae.f,
         "width": w * model.vae.f,
     }
-    return Result(
-        images, x.clone(), kept, settings
-    )  # a clone outside of inference mode: a usual tensor
+    # A clone outside of inference mode: a usual tensor.
+    return Result(images, x.clone(), kept, settings, bound)
 
 
 @torch.inference_mode()

@@ -7,7 +7,6 @@
 The formulas keep diffusers' order of operations, so that float32 results are equal to the bit.
 """
 
-from numbers import Real
 from typing import Any
 
 import torch
@@ -47,7 +46,7 @@ class DDIM:
             raise ValueError(
                 f"The number of steps must be from 1 to {num_train_timesteps - 1}, not {steps}."
             )
-        if isinstance(eta, bool) or not isinstance(eta, Real) or not 0 <= eta <= 1:
+        if isinstance(eta, bool) or not isinstance(eta, int | float) or not 0 <= eta <= 1:
             raise ValueError(f"eta must be from 0 (DDIM) to 1 (DDPM), not {eta!r}.")
         self.alpha_bar = alpha_bars(num_train_timesteps, beta_start, beta_end)
         # SD was trained to end at ᾱ_0, a little noise above the clean latent.
@@ -56,14 +55,14 @@ class DDIM:
         self.timesteps: list[int] = [i * self.stride + steps_offset for i in reversed(range(steps))]
         self.eta, self.generator = eta, generator
 
-    def _alpha_bar_pair(self, t: int) -> tuple[Tensor, Tensor]:
+    def alpha_bar_pair(self, t: int) -> tuple[Tensor, Tensor]:
         """ᾱ at t and at the level after it. Scalars on the CPU: they mix with any device."""
         after = t - self.stride
         return self.alpha_bar[t], self.alpha_bar[after] if after >= 0 else self.last_alpha_bar
 
     def step(self, eps: Tensor, t: int, x: Tensor) -> Tensor:
         """eps, x: b 4 h w, the predicted noise and the latent at timestep t → the next latent."""
-        a_t, a_next = self._alpha_bar_pair(t)
+        a_t, a_next = self.alpha_bar_pair(t)
         x_0 = (x - (1 - a_t) ** 0.5 * eps) / a_t**0.5
         # eq. 16: σ = η √((1-ᾱ_next)/(1-ᾱ_t)) √(1 - ᾱ_t/ᾱ_next)
         sigma = self.eta * (((1 - a_next) / (1 - a_t)) * (1 - a_t / a_next)) ** 0.5
@@ -108,6 +107,6 @@ class PNDM(DDIM):
 
     def _transfer(self, eps: Tensor, t: int, x: Tensor) -> Tensor:
         """DDIM's step with σ = 0, in the form of Liu et al. 2022, eq. 9."""
-        a_t, a_next = self._alpha_bar_pair(t)
+        a_t, a_next = self.alpha_bar_pair(t)
         denominator = a_t * (1 - a_next) ** 0.5 + (a_t * (1 - a_t) * a_next) ** 0.5
         return (a_next / a_t) ** 0.5 * x - (a_next - a_t) * eps / denominator

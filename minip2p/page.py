@@ -1,0 +1,288 @@
+"""A result as one HTML file to explore: hover a word to see where each picture looks at it.
+
+`page` fills page.html, which draws. Pictures and maps are in the file; nothing is ever fetched.
+"""
+
+from __future__ import annotations
+
+import base64
+import io
+import json
+import math
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from html import escape
+from pathlib import Path
+from typing import Any
+
+import torch
+from PIL import Image
+from torch import Tensor
+
+from .align import LENGTH, PUNCTUATION, Prompt, calls_of
+from .attention import AttentionStore, Edit, Site
+from .edit import PromptEdit, PromptToPrompt
+from .sample import Result
+from .show import COLOURS
+
+TEMPLATE = Path(__file__).with_name("page.html")
+MAP_BYTES = 2**21  # of all maps; beyond, not every UNet call is on the page
+PNG_BYTES = 2**17  # of one picture; a larger one becomes a JPEG
+
+
+class PageStore(AttentionStore):
+    """Keep what a page shows: every UNet call's cross-attention, of the coarse size alone."""
+
+    def __init__(self) -> None:
+        super().__init__(by_call=True)
+
+    def wants(self, site: Site) -> bool:
+        return site.is_cross and (site.height, site.width) == self.size
+
+
+def page(result: Result, edit: Edit | None = None, names: Sequence[str] = ()) -> str:
+    """The text of an HTML file with the pictures, where they look, and what was swapped when.
+
+    result: of a run with store=PageStore(). edit: as it was bound to the prompts.
+    names: of the pictures, instead of "Source", "Edit 1", …
+    Raises ValueError if the maps of every token at every UNet call were not kept.
+    """
+    store = result.attention
+    if store is None or store.words is not None or not store.by_call:
+        raise ValueError(
+            "A page shows every token's maps at every UNet call: keep them with store=PageStore()."
+        )
+    names = names or ["Source", *(f"Edit {r}" for r in range(1, len(store.prompts)))]
+    words = [_words(prompt) for prompt in store.prompts]
+
+    per_call = sum(map(len, words)) * math.prod(store.size)
+    shown = range(0, store.calls, math.ceil(store.calls * per_call / MAP_BYTES))
+    maps = torch.stack([store.average(), *(store.average(call=call) for call in shown)]).cpu()
+    run: dict[str, Any] = {
+        "size": store.size,
+        "calls": store.calls,
+        "shown": list(shown),
+        "colours": COLOURS.tolist(),
+        "rows": [
+            {"words": [{"text": w.text} | _pack(maps[:, r, ..., w.tokens]) for w in words[r]]}
+            for r in range(len(words))
+        ],
+    }
+    for r in range(1, len(words)):
+        for entry, word in zip(run["rows"][r]["words"], words[r], strict=True):
+            entry |= _link(word, r, words[0], store, edit)
+
+    values = {
+        "title": escape(f"minip2p · {store.prompts[0].text}"),
+        "calls": str(store.calls),
+        "gradient": ", ".join(f"rgb({r:.0f} {g:.0f} {b:.0f})" for r, g, b in COLOURS.tolist()),
+        "figures": "\n".join(
+            _figure(r, name, image, prompt, of_prompt)
+            for r, (name, image, prompt, of_prompt) in enumerate(
+                zip(names, result.images, store.prompts, words, strict=True)
+            )
+        ),
+        "maps": escape(_about(store, shown)),
+        "tables": _tables(edit, names, words, store.calls),
+        "settings": _settings(result.settings),
+        # Inside a script element, "</script>" would end it: JSON may write every < as an escape.
+        "run": json.dumps(run, separators=(",", ":")).replace("<", r"\u003c"),
+    }
+    # One pass, so that nothing in a prompt is taken for a place to fill.
+    return re.sub(r"\{\{(\w+)\}\}", lambda match: values[match[1]], TEMPLATE.read_text("utf-8"))
+
+
+# --- words and maps ------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class _Word:
+    """A word that can be pointed at: prompt.text[start:stop], without surrounding punctuation."""
+
+    text: str
+    tokens: list[int]
+    start: int = 0  # 0 to 0: the begin token, or the end token with its padding
+    stop: int = 0
+
+
+def _words(prompt: Prompt) -> list[_Word]:
+    """<begin>, every word that the model sees, and <end>."""
+    words = [_Word("<begin>", [0])]
+    for match in re.finditer(r"\S+", prompt.text[: prompt.cut]):
+        text = match[0].strip(PUNCTUATION) or match[0]
+        start = match.start() + match[0].index(text)
+        if tokens := prompt.positions(start, start + len(text)):
+            words.append(_Word(text, tokens, start, start + len(text)))
+    return [*words, _Word("<end>", list(range(prompt.end, LENGTH)))]
+
+
+def _pack(maps: Tensor) -> dict[str, Any]:
+    """The maps of a word's tokens as bytes. maps: 1 + calls, h w n; the average comes first.
+
+    A byte of 255 is the `scale`: of the average its maximum, of the calls the maximum of them all.
+    """
+    maps = maps.sum(dim=-1).nan_to_num().clamp(min=0).double()  # 1 + calls, h w
+    parts = [(part, part.max().item()) for part in (maps[:1], maps[1:])]
+    quantised = [(part / (top or 1) * 255).round().to(torch.uint8) for part, top in parts]
+    return {
+        "maps": base64.b64encode(torch.cat(quantised).numpy().tobytes()).decode(),
+        "scale": [float(f"{top:.6g}") for _, top in parts],
+    }
+
+
+def _link(
+    word: _Word, r: int, source: Sequence[_Word], store: AttentionStore, edit: Edit | None
+) -> dict[str, Any]:
+    """Which of the source's words a word of prompt r belongs to, and when it takes their map."""
+    controlled = edit if isinstance(edit, PromptToPrompt) else None
+    row = controlled.rows[r - 1] if controlled else None
+    # Without control, words still belong together: as "auto" would align them.
+    alignment = row.alignment if row else PromptEdit().align(store.prompts[0], store.prompts[r])
+    taken = (alignment.mapper * alignment.exists)[:, word.tokens]  # k n
+    belongs = [i for i, other in enumerate(source) if taken[other.tokens].any()]
+    if row is None:
+        fate = "without control: its own map" if controlled else ""
+        return {"from": belongs, "taken": [], "fate": fate}
+    replaced = [j for j, column in zip(word.tokens, taken.T, strict=True) if column.any()]
+    windows = {calls_of(row.windows[j], store.calls) for j in replaced}
+    calls = sorted([window.start, window.stop] for window in windows if window)
+    names = " ".join(source[i].text for i in belongs)
+    fate = f"where the source looks at “{names}”" if calls else "its own map"
+    return {"from": belongs, "taken": calls, "fate": fate}
+
+
+# --- HTML ----------------------------------------------------------------------------------------
+
+
+def _figure(r: int, name: str, image: Image.Image, prompt: Prompt, words: Sequence[_Word]) -> str:
+    parts, done = [], 0
+    for n, word in enumerate(words):
+        if word.stop:
+            parts.append(escape(prompt.text[done : word.start]))
+            done = word.stop
+        elif n:  # <end>: before it, what is left of the text
+            parts.append(escape(prompt.text[done : prompt.cut]))
+            if prompt.cut < len(prompt.text):
+                title = f"beyond the {LENGTH} tokens that the model sees"
+                parts.append(f'<s title="{title}">{escape(prompt.text[prompt.cut :])}</s>')
+            parts.append(" ")
+        parts.append(
+            f'<button class="word{"" if word.stop else " special"}" data-row="{r}" data-word="{n}" '
+            f'aria-pressed="false">{escape(word.text)}</button>'
+        )
+        parts.append("" if n else " ")
+    h, w = image.height, image.width
+    enlarged = max(1, round(512 / max(h, w)))
+    return f"""<figure id="picture-{r}">
+<div class="picture">
+<img src="{_data_uri(image)}" width="{w}" height="{h}" alt="{escape(f"{name}: {prompt.text}")}">
+<canvas width="{w * enlarged}" height="{h * enlarged}" role="img" hidden></canvas>
+</div>
+<figcaption>
+<p class="role">{escape(name)}</p>
+<p class="prompt" dir="auto">{"".join(parts)}</p>
+<p class="state"></p>
+</figcaption>
+</figure>"""
+
+
+def _data_uri(image: Image.Image) -> str:
+    for kind, options in (("png", {}), ("jpeg", {"quality": 92})):
+        file = io.BytesIO()
+        image.save(file, kind, **options)
+        if file.tell() <= PNG_BYTES:
+            break
+    return f"data:image/{kind};base64,{base64.b64encode(file.getvalue()).decode()}"
+
+
+def _tables(
+    edit: Edit | None, names: Sequence[str], words: Sequence[Sequence[_Word]], calls: int
+) -> str:
+    """For each edited prompt, as PromptToPrompt.explain: whose attention a token takes over."""
+    if not isinstance(edit, PromptToPrompt) or not any(edit.rows):
+        return ""
+    tables = []
+    for r, row in enumerate(edit.rows, 1):
+        if row is None:
+            continue
+        weighed = bool((row.weights != 1).any())
+        cells = ["Token", "Looks where the source looks at", "In the UNet’s calls", "Weight"]
+        head = "".join(f'<th scope="col">{cell}</th>' for cell in cells[: 3 + weighed])
+        lines = []
+        for j in range(1, row.prompt.end):
+            parts = (row.alignment.mapper[:, j] * row.alignment.exists[j]).tolist()
+            sources = [
+                ("" if part == 1 else f"1/{1 / part:.0f} ") + _token(edit.source, i)
+                for i, part in enumerate(parts)
+                if part
+            ]
+            cells = [
+                escape(" + ".join(sources)) or "(nothing: new)",
+                _bar(row.windows[j], calls) if sources else "",
+                f"{row.weights[j]:g}",
+            ]
+            n = next((n for n, word in enumerate(words[r]) if j in word.tokens), "")
+            name = escape(_token(row.prompt, j))
+            lines.append(_line(name, cells[: 2 + weighed], f' data-row="{r}" data-word="{n}"'))
+        size = f"{edit.coarse[0]} × {edit.coarse[1]}"
+        when = _bar(row.self_window, calls)
+        lines.append(_line("<em>layout</em>", [f"(self-attention up to {size})", when]))
+        if row.blend:
+            what = ", ".join(row.blend.words) or "your own mask"
+            if row.blend.subtract:
+                what += f" without {', '.join(row.blend.subtract)}"
+            when = _bar((row.blend.start, 1.0), calls)
+            lines.append(_line("<em>blend</em>", [escape(f"({what})"), when]))
+        name, body = escape(names[r]), "\n".join(lines)
+        tables.append(f"""<div class="scroll" role="region" tabindex="0" aria-label="{name}">
+<table>
+<caption><b>{name}</b> · {escape(row.prompt.text)}</caption>
+<thead><tr>{head}</tr></thead>
+<tbody>
+{body}
+</tbody>
+</table>
+</div>""")
+    body = "\n".join(tables)
+    return f'<h2>What is swapped, and when</h2>\n<div id="tables">\n{body}\n</div>'
+
+
+def _line(head: str, cells: Sequence[str], attributes: str = "") -> str:
+    body = "".join(f"<td>{cell}</td>" for cell in cells)
+    return f'<tr{attributes}><th scope="row">{head}</th>{body}</tr>'
+
+
+def _token(prompt: Prompt, i: int) -> str:
+    if 0 < i < prompt.end:
+        return prompt.text[slice(*prompt.spans[i - 1])]
+    return "<end>" if i else "<begin>"
+
+
+def _bar(window: tuple[float, float], calls: int) -> str:
+    inside = calls_of(window, calls)
+    text = f"{inside.start + 1} to {inside.stop}" if inside else "none"
+    return (
+        f'<span class="bar"><i style="--from:{inside.start};--to:{inside.stop}"></i></span>'
+        f"{text} of {calls}"
+    )
+
+
+def _about(store: AttentionStore, shown: range) -> str:
+    """What the maps of the page are, in one or two sentences."""
+    layers = sum(site.is_cross and (site.height, site.width) == store.size for site in store.maps)
+    edited = "before the edit changed them" if store.before_edit else "as the edit left them"
+    text = (
+        f"Maps are cross-attention of {store.size[0]} × {store.size[1]}, the mean over "
+        f"{layers} layers and their heads, {edited}."
+    )
+    return text if shown.step == 1 else f"{text} To keep the file small, one call in {shown.step}."
+
+
+def _settings(settings: Mapping[str, Any]) -> str:
+    lines = []
+    for name, value in settings.items():
+        text = "\n".join(value) if isinstance(value, list | tuple) else str(value)
+        shown = escape(text).replace("\n", "<br>") or "none"
+        lines.append(f"<dt>{escape(name.replace('_', ' '))}</dt><dd>{shown}</dd>")
+    return "\n".join(lines)
