@@ -307,12 +307,16 @@ class PromptToPrompt(Edit):
             for r, row in enumerate(rows, 1)
             if row and row.blend
         ]
+        self.windows = sorted({w for row in rows if row for w in (*row.windows, row.self_window)})
+        self.made: dict[tuple[bool, ...], tuple[Mix | None, Mix | None]] = {}
 
     def at(self, call: int, calls: int) -> Edit | None:
         blends = [b for b in self.blends if call in calls_of((b.blend.start, 1.0), calls)]
+        inside = tuple(call in calls_of(w, calls) for w in self.windows)
+        if inside not in self.made:  # a window has opened or closed
+            self.made[inside] = self._cross(call, calls), self._self(call, calls)
         return _Call(
-            self._cross(call, calls),
-            self._self(call, calls),
+            *self.made[inside],
             tuple((b.columns, b.add) for b in self.blends if b.columns is not None),
             self.coarse,
             blends,

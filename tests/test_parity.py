@@ -289,3 +289,20 @@ def test_golden_picture_of_the_bundled_model():
         )
         small = torch.nn.functional.adaptive_avg_pool2d(result.latents, 4).flatten()
         assert error(small, torch.tensor(case["latents"])) < 1e-3, case["prompts"]
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize(
+    "dtype, limit", [(torch.float32, 1e-3), (torch.float16, 5e-2), (torch.bfloat16, 2e-1)], ids=str
+)
+def test_edits_on_a_gpu_are_those_of_the_cpu(dtype, limit):
+    prompts = ["a photo of a cat riding a car", "a photo of a dog riding a car"]
+    blend = minip2p.LocalBlend("cat")
+    edit = minip2p.WordSwap({"default_": 0.8, "dog": 0.5}, 0.5, local_blend=blend)
+    latents = [
+        minip2p.generate(
+            minip2p.load(device=device, dtype=kind), prompts, edit=edit, num_inference_steps=8
+        ).latents
+        for device, kind in (("cpu", torch.float32), ("cuda", dtype))
+    ]
+    assert error(latents[1], latents[0]) < limit
