@@ -1,0 +1,68 @@
+"""The glyphs of the world, as one sheet: rendering needs no font, and every machine draws the same.
+
+    python -m world.glyphs       draws glyphs.png again from Noto Color Emoji (size 109)
+
+The sheet holds renders of Noto Color Emoji (Debian: fonts-noto-color-emoji; font: SIL Open Font
+License 1.1, images: Apache 2.0).
+"""
+
+import sys
+from functools import cache
+from pathlib import Path
+
+from PIL import Image, ImageDraw, ImageFont
+
+SHEET = Path(__file__).with_name("glyphs.png")
+FONT = "/usr/share/fonts/truetype/noto/NotoColorEmoji.ttf"
+CELL, COLUMNS = 96, 8  # pixels on each side of a cell; cells in a row
+
+# fmt: off
+ANIMALS = {
+    "squirrel": "🐿️", "lion": "🦁", "cat": "🐈", "dog": "🐕", "rabbit": "🐇", "bird": "🐦",
+    "mouse": "🐁", "deer": "🦌", "panda": "🐼", "fox": "🦊", "bear": "🐻", "tiger": "🐅",
+    "elephant": "🐘", "monkey": "🐒", "penguin": "🐧", "owl": "🦉", "frog": "🐸", "pig": "🐖",
+}
+FOODS = {
+    "burger": "🍔", "pizza": "🍕", "cake": "🍰", "apple": "🍎", "banana": "🍌", "donut": "🍩",
+    "watermelon": "🍉", "spaghetti": "🍝", "strawberry": "🍓", "carrot": "🥕", "cookie": "🍪",
+    "sandwich": "🥪", "cheese": "🧀",
+}
+VEHICLES = {
+    "bicycle": "🚲", "car": "🚗", "motorcycle": "🏍️", "tractor": "🚜", "skateboard": "🛹",
+    "bus": "🚌",
+}
+FURNITURE = {"sofa": "🛋️", "chair": "🪑", "bed": "🛏️"}
+SCENERY = {"tree": "🌲", "palm": "🌴"}
+# fmt: on
+GLYPHS = {**ANIMALS, **FOODS, **VEHICLES, **FURNITURE, **SCENERY}
+
+
+@cache
+def glyph(name: str) -> Image.Image:
+    """An RGBA picture without empty margins, at most CELL pixels on each side."""
+    y, x = divmod(list(GLYPHS).index(name), COLUMNS)
+    cell = sheet().crop((x * CELL, y * CELL, (x + 1) * CELL, (y + 1) * CELL))
+    return cell.crop(cell.getbbox())
+
+
+@cache
+def sheet() -> Image.Image:
+    return Image.open(SHEET).convert("RGBA")
+
+
+def draw_sheet(font_file: str = FONT) -> Image.Image:
+    font = ImageFont.truetype(font_file, 109)  # the one size that the bitmap font has
+    rows = -(-len(GLYPHS) // COLUMNS)
+    whole = Image.new("RGBA", (COLUMNS * CELL, rows * CELL))
+    for i, text in enumerate(GLYPHS.values()):
+        one = Image.new("RGBA", (170, 170))
+        ImageDraw.Draw(one).text((10, 10), text, font=font, embedded_color=True)
+        one = one.crop(one.getbbox())
+        one.thumbnail((CELL, CELL), Image.Resampling.LANCZOS)
+        whole.paste(one, (i % COLUMNS * CELL, i // COLUMNS * CELL))
+    return whole
+
+
+if __name__ == "__main__":
+    draw_sheet(*sys.argv[1:2]).save(SHEET, optimize=True)
+    print(SHEET)
