@@ -1,0 +1,144 @@
+"""world/train.py: an interrupted run goes on as if nothing had been, and what it writes loads."""
+
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import diffusers
+import pytest
+import torch
+from torch import nn
+
+import minip2p
+from minip2p import text
+from world import train, vocabulary
+from world.scenes import FULL, SMALL, sample
+
+TINY = replace(
+    train.PRESETS["small"],
+    scenes=24,
+    vae_samples=8,
+    vae_batch=4,
+    channels=(32, 32, 32, 32),
+    samples=8,
+    batch=4,
+)
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory) -> Path:
+    """A model after two steps of each stage, trained by the code that made the bundled one."""
+    out = tmp_path_factory.mktemp("trained")
+    train.prepare(TINY, out)
+    train.run(0, TINY, out, count=1, port=0)
+    return out
+
+
+class Interrupted(Exception):
+    pass
+
+
+def line(steps: int, work: Path, fail_at: int | None = None) -> tuple[nn.Module, list[float]]:
+    """Fit a line; the losses of every step taken. The loss of one step may raise Interrupted."""
+    torch.manual_seed(0)
+    module, losses = nn.Linear(3, 1), []
+
+    def loss(generator: torch.Generator, progress: float) -> dict[str, torch.Tensor]:
+        if len(losses) == fail_at:
+            raise Interrupted
+        x = torch.randn(8, 3, generator=generator)
+        value = ((module(x) - x.sum(dim=1, keepdim=True)) ** 2).mean()
+        losses.append(value.item())
+        return {"loss": value}
+
+    stage = train.Stage(
+        "line", nn.ModuleDict({"line": module}), loss, lambda: {}, steps * 8, 8, rate=0.02
+    )
+    train.fit(stage, work, minutes_between_checks=0)
+    return module, losses
+
+
+def test_an_interrupted_run_goes_on_as_if_nothing_had_been(tmp_path):
+    for name in ("whole", "parts"):
+        (tmp_path / name).mkdir()
+    whole, losses = line(100, tmp_path / "whole")
+    with pytest.raises(Interrupted):
+        line(100, tmp_path / "parts", fail_at=57)
+    parts, rest = line(100, tmp_path / "parts")
+    assert rest == losses[40:]  # the last checkpoint is that of step 40
+    assert torch.equal(parts.weight, whole.weight)
+    assert losses[-1] < losses[0] / 10
+
+
+def test_the_average_is_kept_not_the_last_weights(tmp_path):
+    module, _ = line(60, tmp_path)
+    saved = torch.load(tmp_path / "line.pt", weights_only=True)
+    assert torch.equal(module.weight, saved["average"][0])
+    assert not torch.equal(module.weight, saved["modules"]["line.weight"])
+
+
+def test_a_trained_folder_loads_here_and_in_diffusers(folder):
+    model = minip2p.load(folder)
+    assert model.defaults["words"] == SMALL.words
+    pipeline = diffusers.StableDiffusionPipeline.from_pretrained(folder)
+    pipeline.set_progress_bar_config(disable=True)
+    pipeline.scheduler = diffusers.DDIMScheduler.from_config(pipeline.scheduler.config)
+    latents = torch.randn(1, 4, 16, 16, generator=torch.Generator().manual_seed(3))
+    prompt = "a squirrel eating a burger"
+    theirs = pipeline(
+        prompt,
+        latents=latents,
+        num_inference_steps=4,
+        guidance_scale=4.0,
+        height=64,
+        width=64,
+        output_type="latent",
+    ).images
+    ours = minip2p.generate(model, prompt, latents=latents, num_inference_steps=4).latents
+    assert torch.allclose(ours, theirs, atol=1e-3)
+
+
+def test_training_again_changes_nothing(folder):
+    before = {path: path.read_bytes() for path in folder.rglob("*.safetensors")}
+    train.run(0, TINY, folder, count=1, port=0)
+    assert before == {path: path.read_bytes() for path in folder.rglob("*.safetensors")}
+
+
+def test_word_maps_are_pulled_towards_the_masks():
+    """Gradient descent on nothing but the maps' loss brings a word's map to its mask."""
+    torch.manual_seed(0)
+    scores = torch.zeros(1, 1, 256, 77, requires_grad=True)  # b i q k
+    columns = torch.zeros(1, 77, 1)
+    columns[0, 5] = 1
+    masks = torch.zeros(1, 1, 16, 16)
+    masks[..., 4:9, 3:12] = 1
+    for _ in range(60):
+        words = train.WordMaps(columns)
+        words(scores.softmax(dim=-1), train.Site("", "up", True, 16, 16))
+        words.loss(masks, torch.ones(1, 1)).backward()
+        with torch.no_grad():
+            scores -= 300 * scores.grad
+        scores.grad = None
+    map_of_the_word = scores.detach().softmax(dim=-1)[0, 0, :, 5].view(16, 16)
+    assert map_of_the_word[masks[0, 0] == 1].min() > 0.5
+    assert map_of_the_word[masks[0, 0] == 0].max() < 0.05
+
+
+@pytest.mark.parametrize("world", [FULL, SMALL], ids=lambda world: world.name)
+def test_every_word_is_as_many_tokens_as_it_should_be(world, folder):
+    tokenizer = text.load_tokenizer(folder / "tokenizer")
+    assert len(tokenizer) == len(json.loads((folder / "tokenizer" / "vocab.json").read_text()))
+    for word in [*world.words, *vocabulary.OTHERS]:
+        pieces = vocabulary.PIECES.get(word, [word])
+        assert tokenizer.tokenize(word) == [*pieces[:-1], pieces[-1] + "</w>"]
+
+
+def test_columns_are_those_of_the_words(folder):
+    tokenizer = text.load_tokenizer(folder / "tokenizer")
+    scenes = [sample(SMALL, seed) for seed in range(200)]
+    masks = torch.zeros(len(scenes), 2, 16, 16, dtype=torch.uint8).numpy()
+    captions = train.Captions.of(train.Data(scenes, masks, masks), tokenizer)
+    for scene, ids, columns in zip(scenes, captions.ids, captions.columns, strict=True):
+        place = scene.place.split()[-1:]  # a place is its noun
+        for i, word in enumerate([scene.subject, scene.object, *(place or [""])]):
+            assert tokenizer.decode(ids[columns[:, i] == 1]).strip() == word
