@@ -23,7 +23,7 @@ import torch
 from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 
-from . import show
+from . import fast, show
 from .align import DEFAULT, Window, Windows, swap_word, window
 from .edit import LocalBlend, PromptEdit, Reweight
 from .page import PageStore, page
@@ -81,6 +81,8 @@ def make_parser() -> Parser:
     add("--eta", type=number(float, 0, 1), default=0.0, help="DDIM's share of new noise")
     add("--device", help="cpu, cuda, mps; by default the fastest that is there")
     add("--dtype", choices=["float32", "float16", "bfloat16"], default="float32")
+    add("--fast", action="store_true",
+        help="on a CPU, at SD's size: a sixth to a quarter less time, for 0.8 GB more")  # fmt: skip
     add(
         "--out", type=Path, default=Path("out"), metavar="FOLDER", help="where pictures are written"
     )
@@ -358,6 +360,10 @@ def run(argv: Sequence[str] | None) -> None:
     model = load(
         args.model, tokenizer=args.tokenizer, device=args.device, dtype=getattr(torch, args.dtype)
     )
+    if model.device.type == "cpu":
+        fast.keep_memory()
+    if args.fast:
+        fast.prepare(model.unet)
     warn_unknown_words(model, job.prompts)
     if args.explain:
         print(

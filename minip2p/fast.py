@@ -1,4 +1,4 @@
-"""Optional, for CPUs: the same pictures in less time. Nothing else in the package needs it.
+"""Optional, for CPUs: the same pictures in less time. Only the command line and the benchmarks use it.
 
     keep_memory()       the process keeps its large blocks of memory and uses them again
     prepare(unet)       the UNet's convolutions and linear layers compute the same another way
@@ -154,8 +154,8 @@ def prepare(unet: nn.Module, widest: int = 640) -> nn.Module:
     weight = next(unet.parameters())
     if weight.dtype != torch.float32 or weight.device.type != "cpu":
         raise ValueError(
-            f"fast.prepare takes a UNet in float32 on the CPU, not in {weight.dtype} on "
-            f"{weight.device}."
+            f"fast.prepare (--fast) takes a UNet in float32 on the CPU, not in {weight.dtype} on "
+            f"{weight.device}: leave it out."
         )
     if not torch.backends.mkldnn.is_available():
         raise ValueError("fast.prepare needs a torch that is built with oneDNN.")

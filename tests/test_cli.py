@@ -71,6 +71,7 @@ def run(
 
     usual = {"tokenizer": None, "device": None, "dtype": torch.float32}
     monkeypatch.setattr(cli, "load", load)
+    monkeypatch.setattr(cli.fast, "keep_memory", lambda: None)  # it is for whole processes
     monkeypatch.setattr("warnings.formatwarning", None)  # main() sets it: it is to be set back
     monkeypatch.chdir(tmp_path)
     return run
@@ -212,6 +213,7 @@ MISTAKES: list[tuple[str, ...]] = [
     ("'' --to 'a cat'", "prompt"),
     ("' ' --reweight cat=2", "prompt"),
     ("'a caf\udce9' --steps 1", "caf", "UTF-8"),
+    (f"--fast --dtype bfloat16 --model '{EMOJI}'", "--fast", "bfloat16", "float32"),
     # windows
     ("'a cat' --swap cat=dog --cross-replace-steps 1.5", "--cross", "from 0 to 1", "'1.5'"),
     ("'a cat' --swap cat=dog --cross-replace-steps -0.1", "--cross", "from 0 to 1", "'-0.1'"),
@@ -471,6 +473,13 @@ def test_half_precision(run: Run):
     wrote(run(*command, "--dtype", "bfloat16"), ONE)
     assert run(*command, "--out", "full").status == 0
     assert 0 < difference("out/edit-1.png", "full/edit-1.png") < 64
+
+
+def test_fast_draws_the_same(run: Run):
+    command = [SQUIRREL, "--swap", "squirrel=lion", "--steps", "3", "--model", str(EMOJI)]
+    wrote(run(*command, "--fast"), ONE)
+    assert run(*command, "--out", "usual").status == 0
+    assert difference("out/edit-1.png", "usual/edit-1.png") <= 1
 
 
 def test_what_the_model_does_not_know_is_said(run: Run):
