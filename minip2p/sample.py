@@ -49,15 +49,16 @@ def denoise(
     calls = len(scheduler.timesteps)
     for call, t in enumerate(scheduler.timesteps):
         now = None if edit is None else edit.at(call, calls)
+        at = torch.as_tensor(t)  # a number would have torch.compile make a graph of each
         if guided:  # both halves in one call, which small models do faster than two
             x_twice = torch.cat([x, x]).to(words.dtype)
             hook = None if now is None else Guided(now, blank=len(x))
-            both = unet(x_twice, t, context, hook).float()
+            both = unet(x_twice, at, context, hook).float()
             eps_blank, eps_words = both.chunk(2)
             # classifier-free guidance, Ho & Salimans 2021, eq. 6
             eps = eps_blank + guidance_scale * (eps_words - eps_blank)
         else:
-            eps = unet(x.to(words.dtype), t, context, now).float()
+            eps = unet(x.to(words.dtype), at, context, now).float()
         x = scheduler.step(eps, t, x)
         x = x if now is None else now.blend(x)
         yield x

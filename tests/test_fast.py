@@ -1,4 +1,4 @@
-"""minip2p.fast computes the same: layer by layer, as a UNet, and in an edited run."""
+"""minip2p.fast and a compiled UNet compute the same."""
 
 import copy
 import sys
@@ -64,6 +64,39 @@ def test_an_edited_run_stays_the_same() -> None:
     truth = run()
     fast.prepare(model.unet)
     assert distance(run(), truth) < 1e-4
+
+
+@pytest.mark.parametrize(
+    "edit, graphs",
+    [
+        (None, 2),  # the first call, which projects the words; all others
+        (minip2p.WordSwap(0.8, 0.4), 4),  # and one for each further state of the windows
+        (minip2p.WordSwap(0.8, 0.4, minip2p.LocalBlend("squirrel")), 4),
+    ],
+    ids=["plain", "swap", "blend"],
+)
+def test_a_compiled_unet_has_few_graphs_and_no_breaks(edit: object, graphs: int) -> None:
+    """Dynamo alone: it records the graphs that a compiler would get, and runs them as they are."""
+    testing = pytest.importorskip("torch._dynamo.testing")
+    if tuple(map(int, torch.__version__.split(".")[:2])) < (2, 13):
+        pytest.skip("graphs were counted with torch 2.13")
+    torch.manual_seed(0)
+    model = minip2p.load(device="cpu")
+    plain = UNet((32, 32, 32), 1, 128, 4).eval().requires_grad_(False)
+
+    def run(unet: nn.Module) -> torch.Tensor:
+        model.unet = unet
+        prompts = ["a squirrel eating a burger", "a lion eating a burger"]
+        return minip2p.generate(model, prompts, edit=edit, num_inference_steps=10).latents
+
+    torch._dynamo.reset()
+    counter = testing.CompileCounter()
+    compiled = torch.compile(plain, backend=counter, fullgraph=True)  # a break would raise
+    truth = run(plain)
+    for _ in range(2):  # the second run needs no further graph
+        assert torch.equal(run(compiled), truth)
+        assert counter.frame_count == graphs
+    torch._dynamo.reset()
 
 
 def test_memory_can_be_kept_and_given_back() -> None:

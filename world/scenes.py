@@ -3,8 +3,9 @@
     scene = sample(FULL, seed)       what there is: "a painting of a squirrel eating a burger"
     drawn = draw(scene)              the picture, and for every noun its mask and box
 
-A scene's `layout` seed places things: position, scale, side, background, clutter. It varies so much
-that another caption on the same seed keeps little by itself, otherwise edits would prove nothing.
+A scene's `layout` seed decides what the caption leaves open: position, scale, side, background,
+clutter. So much is left open that a model can't know the layout from the caption: what an edit keeps
+of a picture then proves something. One layout under two captions is an edit as it should be.
 """
 
 import colorsys
@@ -110,7 +111,7 @@ class Scene:
 
 
 def article(noun: str) -> str:
-    if noun == "spaghetti":
+    if noun.endswith("spaghetti"):
         return noun
     return f"{'an' if noun[0] in 'aeo' else 'a'} {noun}"
 

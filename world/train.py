@@ -70,10 +70,10 @@ class Preset:
 
 
 PRESETS = {
-    "small": Preset(world.SMALL, 64, 40_000, (16, 32, 64), 8, 64_000, 8, (64, 96, 128, 128),
-                    110_000, 32),
+    "small": Preset(world.SMALL, 64, 40_000, (16, 32, 64), 8, 64_000, 8, (64, 96, 128, 96),
+                    92_000, 32),
     "full": Preset(world.FULL, 128, 60_000, (32, 64, 128, 128), 32, 400_000, 64,
-                   (64, 96, 128, 128), 3_000_000, 256),
+                   (64, 96, 128, 96), 3_000_000, 256),
 }  # fmt: skip
 
 
@@ -684,6 +684,7 @@ def main() -> None:
             f"--{field.replace('_', '-')}", type=int, help="instead of the preset's"
         )
     parser.add_argument("--supervise", type=float, help="weight of the loss on word maps")
+    parser.add_argument("--channels", type=int, nargs=4, help="of the UNet's levels")
     parser.add_argument("--port", type=int, default=29517, help="for processes to find each other")
     args = vars(parser.parse_args())
     out, preset, port = args.pop("out"), PRESETS[args.pop("preset")], args.pop("port")
