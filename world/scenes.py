@@ -4,8 +4,8 @@
     drawn = draw(scene)              the picture, and for every noun its mask and box
 
 A scene's `layout` seed decides what the caption leaves open: position, scale, side, background,
-clutter. So much is left open that a model can't know the layout from the caption: what an edit keeps
-of a picture then proves something. One layout under two captions is an edit as it should be.
+clutter. So much is left open that a model can't know the layout from the caption: what an edit
+keeps of a picture then proves something. One layout under two captions is an edit as it should be.
 """
 
 import colorsys

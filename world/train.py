@@ -445,11 +445,7 @@ def train_unet(
     def check() -> dict[str, float]:
         errors = []
         for part in torch.arange(len(check_noise)).split(64):
-            z, noise, t = (
-                new[0][part].float() * vae.scaling_factor,
-                check_noise[part],
-                check_t[part],
-            )
+            z, noise, t = new[0][part].float(), check_noise[part], check_t[part]
             context = text_encoder(input_ids=checks.ids[part].to(device)).last_hidden_state
             x = noised(z * vae.scaling_factor, noise, t).to(device)
             eps = unet(x, t.to(device), context).float().cpu()
