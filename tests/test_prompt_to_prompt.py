@@ -65,6 +65,7 @@ def word(tokens: int, other: int = 0) -> str:
     candidates = (
         *("motorcycle", "skateboard", "pie", "tea", "bus", "pear", "ham", "ball", "dogs", "carrot"),
         *("truck", "lasagne", "croutons", "hippopotamus", "unimaginably", "inconceivably"),
+        *("spaghetti", "muffin", "waffle"),
     )
     return [w for w in candidates if len(tokenizer.tokenize(w)) == tokens][other]
 

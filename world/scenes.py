@@ -13,6 +13,7 @@ import random
 import zlib
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
@@ -395,3 +396,9 @@ def contact_sheet(scenes: Sequence[Scene], columns: int = 8, pixels: int = CANVA
         y, x = divmod(i, columns)
         whole.paste(draw(scene, pixels).image, (x * (pixels + 2), y * (pixels + 2)))
     return whole
+
+
+if __name__ == "__main__":  # the picture in README.md
+    file = Path(__file__).with_name("scenes.png")
+    contact_sheet([sample(FULL, seed) for seed in range(36)], columns=12, pixels=64).save(file)
+    print(file)

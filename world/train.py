@@ -71,7 +71,7 @@ class Preset:
 
 PRESETS = {
     "small": Preset(world.SMALL, 64, 40_000, (16, 32, 64), 8, 64_000, 8, (64, 96, 128, 96),
-                    92_000, 16),
+                    82_000, 16),
     "full": Preset(world.FULL, 128, 60_000, (32, 64, 128, 128), 32, 400_000, 64,
                    (64, 96, 128, 96), 3_000_000, 256),
 }  # fmt: skip
@@ -111,7 +111,8 @@ def fit(stage: Stage, work: Path, minutes_between_checks: float = 4.0) -> None:
     log = Log(work / "log.csv", stage.name) if main_process() else None
     bar = tqdm(total=steps, initial=step, desc=stage.name, disable=log is None)
     sums: dict[str, float] = {}
-    start = checked = time.monotonic() - seconds
+    checked = time.monotonic()
+    start = checked - seconds
     while step < steps:
         progress = step / steps
         rate = stage.rate * min(1, (step + 1) / 100, (1 - progress) / BRANCH)
