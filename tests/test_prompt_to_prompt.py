@@ -942,7 +942,7 @@ def test_no_later_edit_reaches_a_stored_map(model, by_call):
 
     store = minip2p.AttentionStore(self_attention=True, before_edit=True, by_call=by_call)
     generate(model, [SQUIRREL, LION], Overwrite(), store=store)
-    assert len(store.maps) == len(seen) == 20
+    assert len(store.maps) == len(seen) == 32  # 6 + 6 down, 1 + 1 mid, 9 + 9 up, as in SD
     for site, maps in seen.items():
         expected = maps if by_call else [sum(maps)]
         assert len(store.maps[site]) == len(expected)
@@ -1009,7 +1009,7 @@ def test_a_hook_sees_each_layer_once_a_call_and_every_prompt_s_row(model):
 
     generate(model, [SQUIRREL, LION, SNOW], Look(), scheduler="pndm", height=64, width=96)
     names = [n for n, m in model.unet.named_modules() if isinstance(m, Attention) and n[0] == "u"]
-    assert len(names) == 12
+    assert len(names) == 18  # up alone
     calls = [i for i, what in enumerate(seen) if isinstance(what, tuple)]
     assert [seen[i] for i in calls] == [(call, STEPS + 1) for call in range(STEPS + 1)]
     for call, (start, stop) in enumerate(zip(calls, [*calls[1:], len(seen)], strict=True)):
@@ -1086,7 +1086,7 @@ def test_a_hook_may_be_an_empty_list(model):
 
     names = Names()
     generate(model, [SQUIRREL, LION], names)
-    assert len(names) == 20 * STEPS
+    assert len(names) == 32 * STEPS
 
 
 @pytest.mark.parametrize("is_cross", [True, False])

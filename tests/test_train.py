@@ -25,8 +25,15 @@ TINY = replace(
 )
 
 
+@pytest.fixture(scope="module", autouse=True)
+def gradients():
+    """Other modules of the tests switch them off."""
+    with torch.enable_grad():
+        yield
+
+
 @pytest.fixture(scope="module")
-def folder(tmp_path_factory) -> Path:
+def folder(tmp_path_factory, gradients) -> Path:
     """A model after two steps of each stage, trained by the code that made the bundled one."""
     out = tmp_path_factory.mktemp("trained")
     train.prepare(TINY, out)

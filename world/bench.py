@@ -47,9 +47,9 @@ from .scenes import COLORS, Drawn, Scene, adjectives, average, draw, sample
 ITEMS = {
     "captions": (500_000, 200, 24),
     "swap": (600_000, 60, 10),
-    "sweep": (600_000, 60, 2),
-    "refine": (700_000, 60, 8),
-    "reweight": (800_000, 60, 8),
+    "sweep": (600_000, 30, 2),
+    "refine": (700_000, 40, 8),
+    "reweight": (800_000, 40, 8),
     "maps": (900_000, 200, 32),
 }
 STEPS = 20

@@ -110,7 +110,7 @@ def fit(stage: Stage, work: Path, minutes_between_checks: float = 4.0) -> None:
     steps = math.ceil(stage.samples / stage.batch)
     log = Log(work / "log.csv", stage.name) if main_process() else None
     bar = tqdm(total=steps, initial=step, desc=stage.name, disable=log is None)
-    sums: dict[str, float] = {}
+    sums: dict[str, list[float]] = {}
     checked = time.monotonic()
     start = checked - seconds
     while step < steps:
@@ -132,9 +132,9 @@ def fit(stage: Stage, work: Path, minutes_between_checks: float = 4.0) -> None:
 
         bar.update()
         for name, value in losses.items():
-            sums[name] = sums.get(name, 0.0) + value.item()
+            sums.setdefault(name, []).append(value.item())
         if log and step % 50 == 0:
-            means = {name: value / 50 for name, value in sums.items()}
+            means = {name: sum(values) / len(values) for name, values in sums.items()}
             log.write(step * stage.batch, time.monotonic() - start, means)
             bar.set_postfix_str(" ".join(f"{k} {v:.4f}" for k, v in means.items()))
             sums.clear()
@@ -581,6 +581,7 @@ def save_model(
             "beta_start": 0.00085,
             "beta_end": 0.012,
             "beta_schedule": "scaled_linear",
+            "clip_sample": False,  # for a DDIM made of this: diffusers' own default is True
             "num_train_timesteps": 1000,
             "prediction_type": "epsilon",
             "set_alpha_to_one": False,
