@@ -94,4 +94,4 @@ def test_without_settings_the_models_own(model):
     """The table is of what `generate` would do with the same arguments."""
     table = minip2p.explain(model, ["a cat", "a dog"])
     assert "dog     cat                              1 to 40 of 50\n" in table  # 0.8 of 50
-    assert table.endswith("1 to 20 of 50")  # 0.4 of 50
+    assert table.endswith("1 to 30 of 50")  # 0.6 of 50

@@ -531,11 +531,11 @@ REFUSED_FILES: dict[str, tuple[Callable[[Shapes], Shapes], str]] = {
         "in I8 and not in floating point",
     ),
     "text twice": (
-        lambda s: s | {EMBEDDING.replace("text_model.", ""): (656, 128)},
+        lambda s: s | {EMBEDDING.replace("text_model.", ""): (1045, 128)},
         "under a second name",
     ),
     "UNet twice": (lambda s: s | {UNET + "conv_in.weight": (32, 4, 3, 3)}, "under a second name"),
-    "other vocabulary": (lambda s: s | {EMBEDDING: (700, 128)}, "656 tokens.* 700"),
+    "other vocabulary": (lambda s: s | {EMBEDDING: (700, 128)}, "1045 tokens.* 700"),
     "75 positions": (
         lambda s: s | {EMBEDDING.replace("token", "position"): (75, 128)},
         "max_position_embeddings = 75",
@@ -627,7 +627,7 @@ REFUSED_CONFIGS: dict[str, tuple[str, dict[str, Any], str]] = {
         {"max_position_embeddings": 248},
         "max_position_embeddings = 248",
     ),
-    "vocabulary": ("text_encoder", {"vocab_size": 700}, "656 tokens|Missing|size mismatch"),
+    "vocabulary": ("text_encoder", {"vocab_size": 700}, "1045 tokens|Missing|size mismatch"),
     "v-prediction": ("scheduler", {"prediction_type": "v_prediction"}, "v-prediction models"),
     "x0": ("scheduler", {"prediction_type": "sample"}, "prediction_type = sample"),
     "linear betas": ("scheduler", {"beta_schedule": "linear"}, "beta_schedule = linear"),
@@ -766,7 +766,7 @@ def test_the_device_is_tried_before_anything_is_read(layouts):
 def test_a_tokenizer_of_another_model(layouts, clip_tokenizer_dir):
     for name in ("single", "diffusers"):
         message = refusal(layouts[name], tokenizer=clip_tokenizer_dir)
-        assert "49408 tokens" in message and "656" in message
+        assert "49408 tokens" in message and "1045" in message
         assert "holds no tokenizer" in refusal(layouts[name], tokenizer="no/such/folder")
 
 
