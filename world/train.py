@@ -601,7 +601,7 @@ def save_model(
     index = {"_class_name": "StableDiffusionPipeline", "_diffusers_version": "0.31.0", **classes}
     write_json(out / "model_index.json", {**index, "requires_safety_checker": False})
     recommended = {"num_inference_steps": 50, "guidance_scale": 4.0, "scheduler": "ddim"}
-    windows = {"cross_replace_steps": 0.8, "self_replace_steps": 0.6}  # the best of EmojiBench's
+    windows = {"cross_replace_steps": 0.8, "self_replace_steps": 0.6}  # chosen by EmojiBench
     write_json(out / "minip2p.json", {**recommended, **windows, "words": preset.world.words})
 
 
