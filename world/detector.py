@@ -300,7 +300,7 @@ def check(detector: Detector, renders: Renders, pictures: Tensor | None = None) 
 def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description="Train the detector that judges pictures.")
     parser.add_argument("--world", default=SMALL.name, choices=WORLDS)
-    parser.add_argument("--renders", type=int, default=15_000)
+    parser.add_argument("--renders", type=int, default=12_000)
     parser.add_argument("--steps", type=int, default=1000)
     parser.add_argument("--reconstruct", metavar="FOLDER", help="a model whose VAE draws half")
     parser.add_argument("--out", type=Path, default=FILE)
