@@ -213,7 +213,7 @@ MISTAKES: list[tuple[str, ...]] = [
     ("'' --to 'a cat'", "prompt"),
     ("' ' --reweight cat=2", "prompt"),
     ("'a caf\udce9' --steps 1", "caf", "UTF-8"),
-    (f"--fast --dtype bfloat16 --model '{EMOJI}'", "--fast", "bfloat16", "float32"),
+    (f"--fast --dtype float16 --model '{EMOJI}'", "--fast", "float16", "float32"),
     # windows
     ("'a cat' --swap cat=dog --cross-replace-steps 1.5", "--cross", "from 0 to 1", "'1.5'"),
     ("'a cat' --swap cat=dog --cross-replace-steps -0.1", "--cross", "from 0 to 1", "'-0.1'"),

@@ -17,40 +17,78 @@ def distance(a: torch.Tensor, b: torch.Tensor) -> float:
 
 
 @pytest.fixture
-def small_unet() -> UNet:
+def wide_unet() -> UNet:
+    """Wide enough for every kind of faster layer."""
     torch.manual_seed(0)
-    return UNet((64, 96, 128, 128), 1, 32, 4).eval().requires_grad_(False)
+    return UNet((64, 256, 672), 1, 32, 4).eval().requires_grad_(False)
 
 
+@pytest.mark.parametrize("m", [2, 4])
+def test_winograds_matrices_are_exact(m: int) -> None:
+    """In one dimension, with integers: Aᵀ [(G g) ⊙ (Bᵀ d)] is the correlation of d with g."""
+    g = torch.tensor([24.0, -48.0, 72.0]).double()  # G divides by up to 24
+    d = torch.arange(m + 2).double() ** 2 - 3
+    a_t, b_t, big_g = (
+        torch.tensor(x[m], dtype=torch.float64) for x in (fast.A_T, fast.B_T, fast.G)
+    )
+    expected = d.unfold(0, 3, 1) @ g
+    assert torch.allclose(a_t @ ((big_g @ g) * (b_t @ d)), expected, rtol=0, atol=1e-10)
+
+
+@pytest.mark.parametrize("m", [2, 4])
 @pytest.mark.parametrize("size", [(3, 4, 4), (1, 6, 9), (2, 1, 1), (3, 32, 33)])
 @pytest.mark.parametrize("channels_last", [False, True])
-def test_winograd_is_the_convolution(size: tuple[int, int, int], channels_last: bool) -> None:
+def test_winograd_is_the_convolution(
+    m: int, size: tuple[int, int, int], channels_last: bool
+) -> None:
     torch.manual_seed(0)
     conv = nn.Conv2d(24, 40, 3, padding=1).requires_grad_(False)
     x = torch.randn(size[0], 24, *size[1:])
     if channels_last:
         x = x.to(memory_format=torch.channels_last)
     truth = copy.deepcopy(conv).double()(x.double())
-    assert distance(fast.Winograd(conv)(x).double(), truth) < 5e-6
-    assert distance(fast.Winograd(conv.double())(x.double()), truth) < 1e-13
+    assert distance(fast.Winograd(conv, m)(x).double(), truth) < 5e-6
 
 
+BFLOAT16 = torch.backends.mkldnn.is_available() and torch.ops.mkldnn._is_mkldnn_bf16_supported()
+
+
+@pytest.mark.parametrize(
+    "dtype, limit",
+    [
+        (torch.float32, 2e-5),
+        pytest.param(
+            torch.bfloat16,
+            2e-2,
+            marks=pytest.mark.skipif(not BFLOAT16, reason="this CPU has no bfloat16"),
+        ),
+    ],
+    ids=["float32", "bfloat16"],
+)
 @pytest.mark.parametrize("size", [(16, 16), (9, 14)])
-def test_prepared_unet_computes_the_same(small_unet: UNet, size: tuple[int, int]) -> None:
+def test_prepared_unet_computes_the_same(
+    wide_unet: UNet, size: tuple[int, int], dtype: torch.dtype, limit: float
+) -> None:
     x, context = torch.randn(3, 4, *size), torch.randn(3, 77, 32)
-    truth = small_unet(x, 500, context)
-    kinds = {type(module) for module in fast.prepare(small_unet).modules()}
-    assert {fast.Winograd, fast.PackedConv, fast.PackedLinear} <= kinds
-    with torch.inference_mode():
-        assert distance(small_unet(x, 500, context), truth) < 2e-5
-    assert distance(small_unet(x, 500, context), truth) < 2e-5
+    truth = wide_unet(x, 500, context)
+    plain = wide_unet.to(dtype)
+    rough = distance(plain(x.to(dtype), 500, context.to(dtype)).float(), truth)
+    prepared = fast.prepare(plain)
+    kinds = {type(module) for module in prepared.modules()}
+    conv = fast.Winograd if dtype == torch.float32 else fast.PackedConv
+    assert {conv, fast.PackedLinear} <= kinds
+    for mode in (torch.inference_mode(), torch.enable_grad()):
+        with mode:
+            now = prepared(x.to(dtype), 500, context.to(dtype)).float()
+        assert distance(now, truth) < limit
+        assert dtype == torch.float32 or distance(now, truth) < 1.1 * rough
 
 
-def test_only_float32_on_the_cpu_is_prepared(small_unet: UNet) -> None:
-    with pytest.raises(ValueError, match="bfloat16"):
-        fast.prepare(small_unet.to(torch.bfloat16))
+def test_only_float32_and_bfloat16_on_the_cpu_are_prepared(wide_unet: UNet) -> None:
+    with pytest.raises(ValueError, match="float16"):
+        fast.prepare(wide_unet.to(torch.float16))
     with pytest.raises(ValueError, match="meta"):
-        fast.prepare(small_unet.float().to("meta"))
+        fast.prepare(wide_unet.float().to("meta"))
 
 
 def test_an_edited_run_stays_the_same() -> None:
