@@ -1,8 +1,10 @@
 """Measure minip2p beside diffusers, on the same weights, with the same result.
 
-    python benchmarks/run.py call pipeline memory       SD 1.5's size, random weights
-    python benchmarks/run.py bundled growth             the bundled model
-    python benchmarks/run.py show plot                  what has been measured, as tables and plot
+    python benchmarks/run.py call bfloat16 pipeline memory --prepared    SD 1.5's size
+    python benchmarks/run.py bundled growth                              the bundled model
+    python benchmarks/run.py show plot                                   tables and a plot of all
+
+SD 1.5's size is measured with random weights, on which speed does not depend.
 
 Every part adds its figures to results.json beside this file. Sides of a comparison take turns in
 one process, in another order each round; a ratio is the median of the rounds' ratios. Seconds are
@@ -321,19 +323,18 @@ def part_bfloat16(args: argparse.Namespace) -> dict:
 
     folder, half = full_size(args.cache), torch.bfloat16
     exact = load_pipeline(folder, torch.float32), minip2p.load(folder)
-    rough = (
-        *load_both(argparse.Namespace(**vars(args) | {"dtype": "bfloat16"})),
-        None,
-    )  # fast.prepare is for float32
+    halves = argparse.Namespace(**vars(args) | {"dtype": "bfloat16"})
+    rough = *load_both(halves), fast_model(halves) if args.prepared else None
+    names = "diffusers", "minip2p", "minip2p, word swap"
+    names += ("minip2p, prepared", "minip2p, prepared, word swap") if args.prepared else ()
     tables = {}
     for size in args.latents:
         sides = {"diffusers": call_sides(*exact, None, 1, size, torch.float32)[0]["diffusers"]}
         others = call_sides(*rough, 1, size, half)[0]
-        for name in ("diffusers", "minip2p", "minip2p, word swap"):
-            sides[f"{name}, bfloat16"] = others[name]
-        check = {f"{name}, bfloat16": "diffusers" for name in ("diffusers", "minip2p")}
+        sides |= {f"{name}, bfloat16": others[name] for name in names}
+        check = {name: "diffusers" for name in sides if "bfloat16" in name and "swap" not in name}
         title = f"{size}x{size} latents, 1 source + 1"
-        tables[title] = take_turns(sides, args.rounds, "diffusers", check)
+        tables[title] = take_turns(sides, args.rounds, "diffusers", check, not args.cold)
     return tables
 
 
@@ -670,12 +671,12 @@ def main() -> None:
     add("--edits", type=int, nargs="+", default=[1, 3])
     add("--rounds", type=int, default=5)
     add("--steps", type=int, default=3, help="of `pipeline`")
-    add("--pixels", type=int, nargs="+", default=[128, 256, 384, 512, 768], help="of `growth`")
+    add("--pixels", type=int, nargs="+", default=[64, 128, 256, 384], help="of `growth`")
     add("--threads", type=int, default=os.cpu_count() or 1)
     add("--dtype", default="float32")
     add("--prepared", action="store_true", help="beside the rest, minip2p after fast.prepare")
     add("--sides", nargs="+", help="of `call` and `memory`: only these")
-    add("--cold", action="store_true", help="of `call`: without a round that warms up")
+    add("--cold", action="store_true", help="of `call`, `bfloat16`: no round to warm up")
     add("--side", help="of `one`")
     add("--out", type=Path, help="of `diffusers-bundled`")
     add("--results", type=Path, default=HERE / "results.json")
