@@ -71,13 +71,15 @@ def take_turns(
             wall, cpu = time.perf_counter(), time.process_time()
             with torch.inference_mode():
                 output = sides[name]()
+            if output.is_cuda:
+                torch.cuda.synchronize()
             wall, cpu = time.perf_counter() - wall, time.process_time() - cpu
             print(
                 f"  {number}/{rounds} {name}: {wall:.2f} s, CPU {cpu:.2f} s",
                 file=sys.stderr,
                 flush=True,
             )
-            outputs.setdefault(name, output.float())
+            outputs.setdefault(name, output.float().cpu())
             if number:
                 walls[name].append(wall)
                 cpus[name].append(cpu)
@@ -119,10 +121,17 @@ def machine(threads: int) -> dict:
         cpu = f"{info['model name']} family {info['cpu family']} ({', '.join(flags)})"
     packages = ("torch", "diffusers", "transformers")
     versions = {name: importlib.metadata.version(name) for name in packages}
-    return {"cpu": cpu, "cores": os.cpu_count(), "threads": threads} | versions
+    import torch
+
+    gpu = {"gpu": torch.cuda.get_device_name()} if torch.cuda.is_available() else {}
+    return {"cpu": cpu, "cores": os.cpu_count(), "threads": threads} | gpu | versions
 
 
 # --- models --------------------------------------------------------------------------------------
+
+
+def where(args: argparse.Namespace) -> str:
+    return "" if args.device == "cpu" else f" on {args.device}"
 
 
 def full_size(folder: Path) -> Path:
@@ -176,7 +185,7 @@ def full_size(folder: Path) -> Path:
     return folder
 
 
-def load_pipeline(folder: Path, dtype: Any) -> Any:
+def load_pipeline(folder: Path, dtype: Any, device: str = "cpu") -> Any:
     from diffusers import DDIMScheduler, StableDiffusionPipeline
 
     pipeline = StableDiffusionPipeline.from_pretrained(
@@ -184,7 +193,7 @@ def load_pipeline(folder: Path, dtype: Any) -> Any:
     )
     pipeline.scheduler = DDIMScheduler.from_config(pipeline.scheduler.config, clip_sample=False)
     pipeline.set_progress_bar_config(disable=True)
-    return pipeline
+    return pipeline.to(device)
 
 
 def load_both(args: argparse.Namespace) -> tuple[Any, Any]:
@@ -194,8 +203,8 @@ def load_both(args: argparse.Namespace) -> tuple[Any, Any]:
     import minip2p
 
     folder, dtype = full_size(args.cache), getattr(torch, args.dtype)
-    pipeline = load_pipeline(folder, dtype)
-    model = minip2p.load(folder, dtype=dtype)
+    pipeline = load_pipeline(folder, dtype, args.device)
+    model = minip2p.load(folder, dtype=dtype, device=args.device)
     for mine, theirs in ((model.unet, pipeline.unet), (model.vae, pipeline.vae.float())):
         mine.load_state_dict(theirs.state_dict(), assign=True)
     return pipeline, model
@@ -208,7 +217,7 @@ def fast_model(args: argparse.Namespace) -> Any:
     import minip2p
     from minip2p import fast
 
-    model = minip2p.load(full_size(args.cache), dtype=getattr(torch, args.dtype))
+    model = minip2p.load(full_size(args.cache), dtype=getattr(torch, args.dtype), device="cpu")
     fast.prepare(model.unet)
     return model
 
@@ -217,7 +226,13 @@ def fast_model(args: argparse.Namespace) -> Any:
 
 
 def call_sides(
-    pipeline: Any, model: Any, quick: Any, edits: int, size: int, dtype: Any
+    pipeline: Any,
+    model: Any,
+    quick: Any,
+    edits: int,
+    size: int,
+    dtype: Any,
+    compiled: bool = False,
 ) -> tuple[Sides, dict[str, str]]:
     """One guided UNet call for a source and its edits, inside both windows, in several ways.
 
@@ -234,18 +249,21 @@ def call_sides(
     prompts = prompts_of(edits)
     coarse = coarse_size(size, size, 3)
     torch.manual_seed(1)
-    x = torch.randn(1, 4, size, size).expand(2 * len(prompts), -1, -1, -1).to(dtype)
+    x = torch.randn(1, 4, size, size).expand(2 * len(prompts), -1, -1, -1)
+    device = some.device if some else pipeline.device
+    x = x.to(device, dtype)
     if some:
         tokens = [text.tokenize(some.tokenizer, prompt) for prompt in prompts]
         words, blank = (text.encode(some.text_encoder, t) for t in (tokens, tokens[:1]))
         context = torch.cat([blank.expand_as(words), words])
     else:
-        context = torch.randn(len(x), 77, pipeline.unet.config.cross_attention_dim).to(dtype)
+        context = torch.randn(len(x), 77, pipeline.unet.config.cross_attention_dim).to(x)
     sides: Sides = {}
     check: dict[str, str] = {}
 
     def swap(**options: Any) -> Any:
-        return bind(WordSwap(1.0, 1.0, **options), tokens, latent_size=(size, size), coarse=coarse)
+        edit, sizes = WordSwap(1.0, 1.0, **options), {"latent_size": (size, size), "coarse": coarse}
+        return bind(edit, tokens, device=device, **sizes)
 
     if pipeline:
         plain = dict(pipeline.unet.attn_processors)
@@ -264,16 +282,17 @@ def call_sides(
             mapper = torch.stack([row.alignment.mapper for row in swap().rows])
         else:
             mapper = torch.eye(77).expand(edits, -1, -1)
-        controller = Controller(mapper, len(prompts))
+        controller = Controller(mapper.to(device), len(prompts))
         sides |= {"diffusers": diffusers, "diffusers, memory kept": diffusers}
         sides |= {"diffusers, written-out edit": written_out}
 
     def ours(net: Any, edit: Any) -> Callable[[], Any]:
         kept = Words(context)  # projected in the warm-up: once a run
+        unet = getattr(net, "unet", net)
 
         def call() -> Any:
             now = edit and edit.at(0, 50)
-            return net.unet(x, 501, kept, now and Guided(now, blank=len(prompts)))
+            return unet(x, 501, kept, now and Guided(now, blank=len(prompts)))
 
         return call
 
@@ -281,12 +300,23 @@ def call_sides(
         if net:
             sides |= {f"{name}": ours(net, None), f"{name}, word swap": ours(net, swap())}
             check |= {name: "diffusers", f"{name}, word swap": "diffusers, written-out edit"}
+    if compiled and pipeline and model:
+        # Compiled at the first two calls: of three rounds and more, the median leaves them out.
+        theirs, mine = (torch.compile(net.unet) for net in (pipeline, model))
+
+        def diffusers_compiled() -> Any:
+            pipeline.unet.set_attn_processor(dict(plain))
+            return theirs(x, 501, context).sample
+
+        sides["diffusers, compiled"] = diffusers_compiled
+        sides["minip2p, compiled"] = ours(mine, None)
+        sides["minip2p, compiled, word swap"] = ours(mine, swap())
     if model:
         blend = swap(local_blend=LocalBlend(["squirrel"]))
         store = AttentionStore(words=["squirrel"])
         full = AttentionStore()
         for one in (store, full):
-            one.begin(tokens, coarse)
+            one.begin(tokens, coarse, device)
         sides |= {
             "minip2p, swap and blend": ours(model, blend),
             "minip2p, swap, blend, a word's maps": ours(model, Chain([blend, store])),
@@ -303,10 +333,10 @@ def part_call(args: argparse.Namespace) -> dict:
     tables = {}
     for size in args.latents:
         for edits in args.edits:
-            title = f"{size}x{size} latents, 1 source + {edits}, {args.dtype}"
+            title = f"{size}x{size} latents, 1 source + {edits}, {args.dtype}{where(args)}"
             print(title, file=sys.stderr)
             sides, check = call_sides(
-                pipeline, model, quick, edits, size, getattr(torch, args.dtype)
+                pipeline, model, quick, edits, size, getattr(torch, args.dtype), args.compiled
             )
             chosen = {k: v for k, v in sides.items() if not args.sides or k in args.sides}
             check = {k: v for k, v in check.items() if k in chosen and v in chosen}
@@ -322,7 +352,7 @@ def part_bfloat16(args: argparse.Namespace) -> dict:
     import minip2p
 
     folder, half = full_size(args.cache), torch.bfloat16
-    exact = load_pipeline(folder, torch.float32), minip2p.load(folder)
+    exact = load_pipeline(folder, torch.float32), minip2p.load(folder, device="cpu")
     halves = argparse.Namespace(**vars(args) | {"dtype": "bfloat16"})
     rough = *load_both(halves), fast_model(halves) if args.prepared else None
     names = "diffusers", "minip2p", "minip2p, word swap"
@@ -392,7 +422,9 @@ def part_pipeline(args: argparse.Namespace) -> dict:
                 for name in sides
                 if name.startswith("minip2p") and "swap" not in name
             }
-            tables[f"{title}, {args.dtype}"] = take_turns(sides, args.rounds, "diffusers", check)
+            tables[f"{title}, {args.dtype}{where(args)}"] = take_turns(
+                sides, args.rounds, "diffusers", check
+            )
     return tables
 
 
@@ -400,7 +432,7 @@ def part_pipeline(args: argparse.Namespace) -> dict:
 
 
 def part_memory(args: argparse.Namespace) -> dict:
-    """Each side in its own process: the peak of a UNet call."""
+    """Each side in processes of its own: the median peak of a UNet call."""
     names = (
         *("diffusers", "diffusers, written-out edit", "minip2p", "minip2p, word swap"),
         *("minip2p, swap and blend", "minip2p, swap, blend, a word's maps"),
@@ -417,8 +449,14 @@ def part_memory(args: argparse.Namespace) -> dict:
                 command = [sys.executable, __file__, "one", "--side", name, "--dtype", args.dtype]
                 command += ["--latents", str(size), "--edits", str(edits)]
                 command += ["--cache", str(args.cache), "--threads", str(args.threads)]
-                output = subprocess.run(command, check=True, capture_output=True, text=True).stdout
-                tables[title].append({"side": name} | json.loads(output.splitlines()[-1]))
+                peaks = []
+                for _ in range(args.processes):  # what loading left behind differs by some 50 MB
+                    output = subprocess.run(command, check=True, capture_output=True, text=True)
+                    peaks.append(json.loads(output.stdout.splitlines()[-1]))
+                keys = "extra MB", "model MB"
+                tables[title].append(
+                    {"side": name} | {key: median([peak[key] for peak in peaks]) for key in keys}
+                )
             plain = next(row["extra MB"] for row in tables[title] if row["side"] == "minip2p")
             for row in tables[title]:
                 row["of minip2p's"] = row["extra MB"] / plain
@@ -438,7 +476,7 @@ def part_one(args: argparse.Namespace) -> None:
         pipeline = load_pipeline(full_size(args.cache), dtype)
         net = pipeline.unet
     else:
-        loaded = minip2p.load(full_size(args.cache), dtype=dtype)
+        loaded = minip2p.load(full_size(args.cache), dtype=dtype, device="cpu")
         net = loaded.unet
         if "prepared" in args.side:
             fast.prepare(net)
@@ -468,7 +506,7 @@ def lap(): clock.append((time.perf_counter(), time.process_time()))
 lap()
 import minip2p; lap()
 from minip2p import show, text
-model = minip2p.load(); lap()
+model = minip2p.load(device="cpu"); lap()
 prompts = ["a squirrel eating a burger", "a lion eating a burger"]
 text.encode(model.text_encoder, [text.tokenize(model.tokenizer, p) for p in prompts]); lap()
 decode, minip2p.sample.decode = minip2p.sample.decode, lambda model, x: (lap(), decode(model, x))[1]
@@ -546,7 +584,7 @@ def part_growth(args: argparse.Namespace) -> dict:
     """How the cost of a run grows, on the bundled model: edits, sizes, steps; plain and swapped."""
     import minip2p
 
-    model = minip2p.load()
+    model = minip2p.load(device="cpu")
     swap = minip2p.WordSwap(1.0, 1.0)
 
     def both(edits: int = 1, pixels: int = 128, steps: int = 10) -> tuple[Any, Any]:
@@ -625,6 +663,8 @@ def plot(results: dict) -> str:
     colours = {"diffusers": "#9aa3ad", "minip2p": "#2f6fb0"}
     body, y = [], 10
     for title, entry in results["call"].items():
+        if entry["rows"][0]["side"] != "diffusers":
+            continue
         y += 26
         body.append(f'<text x="10" y="{y}" font-weight="bold">{title}</text>')
         for row in entry["rows"]:
@@ -670,10 +710,13 @@ def main() -> None:
     add("--latents", type=int, nargs="+", default=[32, 64], help="sizes: pixels / 8")
     add("--edits", type=int, nargs="+", default=[1, 3])
     add("--rounds", type=int, default=5)
+    add("--processes", type=int, default=3, help="of `memory`, for each side")
     add("--steps", type=int, default=3, help="of `pipeline`")
     add("--pixels", type=int, nargs="+", default=[64, 128, 256, 384], help="of `growth`")
     add("--threads", type=int, default=os.cpu_count() or 1)
     add("--dtype", default="float32")
+    add("--device", default="cpu", help="of `call` and `pipeline`: cuda, where there is one")
+    add("--compiled", action="store_true", help="of `call`: both UNets compiled as well")
     add("--prepared", action="store_true", help="beside the rest, minip2p after fast.prepare")
     add("--sides", nargs="+", help="of `call` and `memory`: only these")
     add("--cold", action="store_true", help="of `call`, `bfloat16`: no round to warm up")
@@ -687,6 +730,8 @@ def main() -> None:
         help="where the random weights are kept, 4 GB",
     )
     args = parser.parse_args()
+    if args.prepared and args.device != "cpu":
+        parser.error(f"--prepared is for the CPU, not for --device {args.device}: leave it out.")
     args.words = [word for word in sys.argv[1:] if not word.startswith(("--results=", "--cache="))]
 
     import torch
