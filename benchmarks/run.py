@@ -131,6 +131,7 @@ def machine(threads: int) -> dict:
 
 
 def where(args: argparse.Namespace) -> str:
+    """The end of a table's title: on what, unless it is the CPU."""
     return "" if args.device == "cpu" else f" on {args.device}"
 
 
@@ -218,7 +219,9 @@ def fast_model(args: argparse.Namespace) -> Any:
     from minip2p import fast
 
     model = minip2p.load(full_size(args.cache), dtype=getattr(torch, args.dtype), device="cpu")
+    start = time.perf_counter()
     fast.prepare(model.unet)
+    print(f"Prepared in {time.perf_counter() - start:.1f} s.", file=sys.stderr)
     return model
 
 
@@ -286,9 +289,8 @@ def call_sides(
         sides |= {"diffusers": diffusers, "diffusers, memory kept": diffusers}
         sides |= {"diffusers, written-out edit": written_out}
 
-    def ours(net: Any, edit: Any) -> Callable[[], Any]:
+    def ours(unet: Any, edit: Any) -> Callable[[], Any]:
         kept = Words(context)  # projected in the warm-up: once a run
-        unet = getattr(net, "unet", net)
 
         def call() -> Any:
             now = edit and edit.at(0, 50)
@@ -298,7 +300,7 @@ def call_sides(
 
     for name, net in (("minip2p", model), ("minip2p, prepared", quick)):
         if net:
-            sides |= {f"{name}": ours(net, None), f"{name}, word swap": ours(net, swap())}
+            sides |= {name: ours(net.unet, None), f"{name}, word swap": ours(net.unet, swap())}
             check |= {name: "diffusers", f"{name}, word swap": "diffusers, written-out edit"}
     if compiled and pipeline and model:
         # Compiled at the first two calls: of three rounds and more, the median leaves them out.
@@ -318,9 +320,9 @@ def call_sides(
         for one in (store, full):
             one.begin(tokens, coarse, device)
         sides |= {
-            "minip2p, swap and blend": ours(model, blend),
-            "minip2p, swap, blend, a word's maps": ours(model, Chain([blend, store])),
-            "minip2p, swap, blend, every map": ours(model, Chain([blend, full])),
+            "minip2p, swap and blend": ours(model.unet, blend),
+            "minip2p, swap, blend, a word's maps": ours(model.unet, Chain([blend, store])),
+            "minip2p, swap, blend, every map": ours(model.unet, Chain([blend, full])),
         }
     return sides, check if pipeline else {}
 
@@ -353,7 +355,7 @@ def part_bfloat16(args: argparse.Namespace) -> dict:
 
     folder, half = full_size(args.cache), torch.bfloat16
     exact = load_pipeline(folder, torch.float32), minip2p.load(folder, device="cpu")
-    halves = argparse.Namespace(**vars(args) | {"dtype": "bfloat16"})
+    halves = argparse.Namespace(**vars(args) | {"dtype": "bfloat16", "device": "cpu"})
     rough = *load_both(halves), fast_model(halves) if args.prepared else None
     names = "diffusers", "minip2p", "minip2p, word swap"
     names += ("minip2p, prepared", "minip2p, prepared, word swap") if args.prepared else ()

@@ -82,7 +82,7 @@ def make_parser() -> Parser:
     add("--device", help="cpu, cuda, mps; by default the fastest that is there")
     add("--dtype", choices=["float32", "float16", "bfloat16"], default="float32")
     add("--fast", action="store_true",
-        help="on a CPU, at SD's size: a third less time, for 2.2 GB more")  # fmt: skip
+        help="on a CPU, at SD's size: a quarter to a third less time, 2.2 GB more")  # fmt: skip
     add(
         "--out", type=Path, default=Path("out"), metavar="FOLDER", help="where pictures are written"
     )

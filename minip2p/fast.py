@@ -176,7 +176,9 @@ def prepare(unet: nn.Module) -> nn.Module:
     if not torch.backends.mkldnn.is_available():
         raise ValueError("fast.prepare needs a torch that is built with oneDNN.")
     if weight.dtype == torch.bfloat16 and not torch.ops.mkldnn._is_mkldnn_bf16_supported():
-        raise ValueError("fast.prepare (--fast) takes bfloat16 only on a CPU that computes in it.")
+        raise ValueError(
+            "fast.prepare (--fast): this CPU does not compute in bfloat16; use float32."
+        )
     for parent in list(unet.modules()):
         for name, layer in list(parent.named_children()):
             setattr(parent, name, faster(layer))

@@ -11,6 +11,9 @@ import minip2p
 from minip2p import fast
 from minip2p.unet import UNet
 
+ONEDNN = torch.backends.mkldnn.is_available()
+needs_onednn = pytest.mark.skipif(not ONEDNN, reason="this torch is built without oneDNN")
+
 
 def distance(a: torch.Tensor, b: torch.Tensor) -> float:
     return ((a - b).norm() / b.norm()).item()
@@ -35,6 +38,7 @@ def test_winograds_matrices_are_exact(m: int) -> None:
     assert torch.allclose(a_t @ ((big_g @ g) * (b_t @ d)), expected, rtol=0, atol=1e-10)
 
 
+@needs_onednn
 @pytest.mark.parametrize("m", [2, 4])
 @pytest.mark.parametrize("size", [(3, 4, 4), (1, 6, 9), (2, 1, 1), (3, 32, 33)])
 @pytest.mark.parametrize("channels_last", [False, True])
@@ -50,9 +54,10 @@ def test_winograd_is_the_convolution(
     assert distance(fast.Winograd(conv, m)(x).double(), truth) < 5e-6
 
 
-BFLOAT16 = torch.backends.mkldnn.is_available() and torch.ops.mkldnn._is_mkldnn_bf16_supported()
+BFLOAT16 = ONEDNN and torch.ops.mkldnn._is_mkldnn_bf16_supported()
 
 
+@needs_onednn
 @pytest.mark.parametrize(
     "dtype, limit",
     [
@@ -91,6 +96,7 @@ def test_only_float32_and_bfloat16_on_the_cpu_are_prepared(wide_unet: UNet) -> N
         fast.prepare(wide_unet.float().to("meta"))
 
 
+@needs_onednn
 def test_an_edited_run_stays_the_same() -> None:
     model = minip2p.load()
     prompts = ["a squirrel eating a burger", "a lion eating a burger"]
