@@ -16,6 +16,8 @@ from torch.nn import functional as F
 
 from .attention import Attention, Edit, Site, Words
 
+Context = Tensor | Words
+
 
 class Dims(NamedTuple):
     """The sizes that every block of one UNet shares."""
@@ -96,7 +98,7 @@ class TransformerBlock(nn.Module):
         self.norm3 = nn.LayerNorm(d)
         self.ff = FeedForward(d)
 
-    def forward(self, x: Tensor, context: Tensor | Words, edit: Edit | None) -> Tensor:
+    def forward(self, x: Tensor, context: Context, edit: Edit | None) -> Tensor:
         x = x + self.attn1(self.norm1(x), None, edit)
         x = x + self.attn2(self.norm2(x), context, edit)
         return x + self.ff(self.norm3(x))
@@ -107,14 +109,13 @@ class Transformer2D(nn.Module):
 
     def __init__(self, c: int, dims: Dims):
         super().__init__()
-        self.norm = nn.GroupNorm(
-            dims.groups, c, eps=1e-6
-        )  # 1e-6 here, 1e-5 in ResnetBlock: as trained
+        # 1e-6 here, 1e-5 in ResnetBlock: as trained
+        self.norm = nn.GroupNorm(dims.groups, c, eps=1e-6)
         self.proj_in = nn.Conv2d(c, c, 1)
         self.transformer_blocks = nn.ModuleList([TransformerBlock(c, dims)])
         self.proj_out = nn.Conv2d(c, c, 1)
 
-    def forward(self, x: Tensor, context: Tensor | Words, edit: Edit | None) -> Tensor:
+    def forward(self, x: Tensor, context: Context, edit: Edit | None) -> Tensor:
         pixels = self.proj_in(self.norm(x)).permute(0, 2, 3, 1)  # b h w c
         for block in self.transformer_blocks:
             pixels = block(pixels, context, edit)
@@ -149,12 +150,7 @@ class DownBlock(nn.Module):
         self.downsamplers = nn.ModuleList([Downsample(c)] if resample else [])
 
     def forward(
-        self,
-        x: Tensor,
-        skips: list[Tensor],
-        temb: Tensor,
-        context: Tensor | Words,
-        edit: Edit | None,
+        self, x: Tensor, skips: list[Tensor], temb: Tensor, context: Context, edit: Edit | None
     ) -> Tensor:
         for i, resnet in enumerate(self.resnets):
             x = resnet(x, temb)
@@ -175,9 +171,7 @@ class MidBlock(nn.Module):
         self.resnets = nn.ModuleList(ResnetBlock(c, c, dims) for _ in range(2))
         self.attentions = nn.ModuleList([Transformer2D(c, dims)])
 
-    def forward(
-        self, x: Tensor, temb: Tensor, context: Tensor | Words, edit: Edit | None
-    ) -> Tensor:
+    def forward(self, x: Tensor, temb: Tensor, context: Context, edit: Edit | None) -> Tensor:
         x = self.resnets[0](x, temb)
         x = self.attentions[0](x, context, edit)
         return self.resnets[1](x, temb)
@@ -193,12 +187,7 @@ class UpBlock(nn.Module):
         self.upsamplers = nn.ModuleList([Upsample(c)] if resample else [])
 
     def forward(
-        self,
-        x: Tensor,
-        skips: list[Tensor],
-        temb: Tensor,
-        context: Tensor | Words,
-        edit: Edit | None,
+        self, x: Tensor, skips: list[Tensor], temb: Tensor, context: Context, edit: Edit | None
     ) -> Tensor:
         for i, resnet in enumerate(self.resnets):
             x = resnet(torch.cat([x, skips.pop()], dim=1), temb)
@@ -260,7 +249,7 @@ class UNet(nn.Module):
                 module.site = Site(name, place=name.split("_")[0], is_cross=name.endswith("attn2"))
 
     def forward(
-        self, x: Tensor, t: int | Tensor, context: Tensor | Words, edit: Edit | None = None
+        self, x: Tensor, t: int | Tensor, context: Context, edit: Edit | None = None
     ) -> Tensor:
         """x: b 4 h w,  t: one timestep or b of them,  context: b 77 d → the noise in x: b 4 h w"""
         t = torch.as_tensor(t, device=x.device).reshape(-1)

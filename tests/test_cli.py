@@ -2,6 +2,7 @@
 
 import ast
 import errno
+import importlib.metadata
 import json
 import os
 import pickle
@@ -21,7 +22,8 @@ import torch
 from PIL import Image, ImageChops
 
 import minip2p
-from minip2p import cli, edit, show, weights
+from minip2p import edit, show, weights
+from minip2p.tools import cli
 
 PACKAGE = Path(minip2p.__file__).parent
 EMOJI = PACKAGE / "models" / "emoji"
@@ -678,7 +680,7 @@ def test_a_reader_who_has_seen_enough(tmp_path: Path):
     """`... | head -1` closes the pipe: the pictures are written all the same, no traceback."""
     code = (
         "import os, sys\n"
-        "from minip2p import cli\n"
+        "from minip2p.tools import cli\n"
         "read, write = os.pipe(); os.close(read); os.dup2(write, 1)\n"
         "sys.exit(cli.main(['a cat', '--steps', '1']))"
     )
@@ -694,7 +696,8 @@ def test_importing_minip2p_is_quick_and_brings_nothing_heavy(tmp_path: Path):
     code = (
         "import time, torch, sys\n"
         "start = time.process_time(); import minip2p; took = time.process_time() - start\n"
-        "heavy = 'transformers', 'diffusers', 'huggingface_hub', 'safetensors', 'minip2p.cli'\n"
+        "heavy = ['transformers', 'diffusers', 'huggingface_hub', 'safetensors']\n"
+        "heavy.append('minip2p.tools.cli')\n"
         "print(took, *(name for name in heavy if name in sys.modules))"
     )
     times = []
@@ -708,7 +711,7 @@ def test_importing_minip2p_is_quick_and_brings_nothing_heavy(tmp_path: Path):
 def test_help_and_mistakes_come_without_transformers(tmp_path: Path):
     code = (
         "import sys\n"
-        "from minip2p import cli\n"
+        "from minip2p.tools import cli\n"
         "for command in ['--steps', 'x'], ['--steps', '0'], ['--nosuch'], ['a', '--baseline']:\n"
         "    assert cli.main(command) == 2\n"
         "try:\n"
@@ -723,14 +726,19 @@ def test_help_and_mistakes_come_without_transformers(tmp_path: Path):
     assert all(f"--{option}" in outcome.out for option in ("swap", "sweep", "model", "maps"))
 
 
-ORDER = (  # each imports none that comes after it
-    *("scheduler", "align", "attention", "unet", "vae", "text", "edit", "weights", "show"),
-    *("sample", "fast", "page", "cli"),
+ORDER = (  # each imports none that comes after it; what is read comes before what is used
+    *("check", "scheduler", "align", "attention", "unet", "vae", "text", "blend", "edit", "store"),
+    *("weights.files", "weights.build", "weights.clip", "weights.folder", "weights.single_file"),
+    *("weights.hub", "weights", "settings", "sample"),
+    *("tools.show", "tools.fast", "tools.table", "tools.page", "tools.cli", "__main__"),
 )
 
 
-def imports(tree: ast.AST) -> Iterator[str]:
-    """The modules that a module imports, at its head and in its functions; `.name` for its own."""
+def imports(tree: ast.AST, package: str) -> Iterator[str]:
+    """The modules that a module imports, at its head and in its functions; minip2p's as in ORDER.
+
+    package: the folder it lies in, "" or "tools".
+    """
     for node in ast.iter_child_nodes(tree):
         if isinstance(node, ast.If) and "__main__" in ast.unparse(node.test):
             continue  # what it does as a program
@@ -738,21 +746,39 @@ def imports(tree: ast.AST) -> Iterator[str]:
             yield from (alias.name for alias in node.names)
         elif isinstance(node, ast.ImportFrom) and node.level == 0:
             yield str(node.module)
-        elif isinstance(node, ast.ImportFrom) and node.module:
-            yield f".{node.module}"
         elif isinstance(node, ast.ImportFrom):
-            yield from (f".{alias.name}" for alias in node.names)
-        yield from imports(node)
+            where = [package] if node.level == 1 and package else []
+            where += [node.module] if node.module else []
+            for alias in node.names:
+                inside = ".".join([*where, alias.name])
+                yield f".{inside if inside in ORDER else '.'.join(where)}"
+        yield from imports(node, package)
 
 
 def test_imports_run_one_way():
-    files = {path.stem: path for path in PACKAGE.glob("*.py") if path.stem != "__init__"}
-    assert set(files) <= set(ORDER)
-    for name, path in files.items():
+    """No circle: there is an order in which every module finds all that it imports."""
+    files = [path for path in PACKAGE.rglob("*.py") if path != PACKAGE / "__init__.py"]
+    for path in files:
+        parts = path.relative_to(PACKAGE).with_suffix("").parts
+        name = ".".join(part for part in parts if part != "__init__")
+        if name == "tools":  # a folder, of which nothing is imported with it
+            assert not list(imports(ast.parse(path.read_text()), name))
+            continue
         earlier = ORDER[: ORDER.index(name)]
-        for module in imports(ast.parse(path.read_text())):
+        package = name if path.stem == "__init__" else ".".join(parts[:-1])
+        for module in imports(ast.parse(path.read_text()), package):
             assert module.split(".")[0] not in ("diffusers", "minip2p"), (name, module)
             assert not module.startswith(".") or module[1:] in earlier, (name, module)
+
+
+@pytest.mark.parametrize("program", [["-m", "minip2p.sample"], ["-m", "minip2p"], None])
+def test_each_way_to_start_it_says_its_version(program: list[str] | None):
+    command = (
+        [sys.executable, *program] if program else [str(Path(sys.executable).parent / "minip2p")]
+    )
+    done = subprocess.run([*command, "--version"], capture_output=True, text=True, timeout=120)
+    version = importlib.metadata.version("minip2p")
+    assert (done.returncode, done.stdout, done.stderr) == (0, f"minip2p {version}\n", "")
 
 
 def test_the_installed_command_is_there():

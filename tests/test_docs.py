@@ -20,7 +20,7 @@ import torch
 from PIL import Image
 
 import minip2p
-from minip2p import cli
+from minip2p.tools import cli
 
 ROOT = Path(__file__).parents[1]
 PAGES = [ROOT / "README.md", ROOT / "docs" / "guide.md"]

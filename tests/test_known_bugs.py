@@ -24,8 +24,8 @@ from minip2p import AttentionStore, LocalBlend, Refine, Reweight, Site, WordSwap
 from minip2p.align import LENGTH, calls_of, refinement, replacement, token_weights, token_windows
 from minip2p.attention import coarse_size
 from minip2p.edit import bind
-from minip2p.show import to_images
 from minip2p.text import encode, tokenize
+from minip2p.tools.show import to_images
 
 SQUIRREL = "a photo of a squirrel eating a burger"
 LION = "a photo of a lion eating a burger"
@@ -550,7 +550,7 @@ def test_b20_the_source_has_its_own_trajectory(model):
 
         prompts = [tokenize(model.tokenizer, text) for text in (SQUIRREL, LION)]
         b = bind(edit, prompts, latent_size=(16, 16), coarse=(16, 16))
-        chain = minip2p.attention.Chain([e for e in (Look(), b) if e])
+        chain = minip2p.Chain([e for e in (Look(), b) if e])
         generate(model, edit=chain)
         runs.append(seen)
     for alone, edited in zip(*runs, strict=True):

@@ -22,14 +22,14 @@ from PIL import Image
 from torch import Tensor
 
 import minip2p
-from minip2p import LocalBlend, Refine, Reweight, Site, WordSwap
+from minip2p import AttentionStore, LocalBlend, Refine, Reweight, Site, WordSwap
 from minip2p.align import Prompt
-from minip2p.attention import AttentionStore
 from minip2p.edit import Edits, bind
-from minip2p.page import MAP_BYTES, PageStore, page
 from minip2p.sample import Result
-from minip2p.show import COLOURS
 from minip2p.text import load_tokenizer, tokenize
+from minip2p.tools import table
+from minip2p.tools.page import MAP_BYTES, PageStore, page
+from minip2p.tools.show import COLOURS
 
 TOKENIZER = Path(minip2p.__file__).parent / "models" / "emoji" / "tokenizer"
 SQUIRREL, LION = "a squirrel eating a burger", "a lion eating a burger"
@@ -318,7 +318,7 @@ def test_tables_say_what_explain_says():
     prompts = [SQUIRREL, "a lioness, eating a burger", LION, "a squirrel eating a big burger"]
     result, bound = make(prompts, edits, calls=10)
     reader = Reader(page(result, bound))
-    explained = [line.strip() for line in bound.explain(10).splitlines()]
+    explained = [line.strip() for line in table.text(bound, 10).splitlines()]
     explained = [re.sub(r" x (?=\d)", " × ", line) for line in explained if line]
     starts = [n for n, line in enumerate(explained) if line.startswith(("Edit 1", "Edit 3"))]
     shown = iter(reader.text("tr"))

@@ -17,8 +17,8 @@ import torch
 from torch import Tensor
 
 import minip2p
-from minip2p import LocalBlend, Refine, Reweight, WordSwap
-from minip2p.attention import Attention, Chain, Guided, Mix, coarse_size
+from minip2p import Chain, LocalBlend, Refine, Reweight, WordSwap
+from minip2p.attention import Attention, Guided, Mix, coarse_size
 from minip2p.edit import bind
 from minip2p.text import encode, load_tokenizer, tokenize
 
@@ -1097,6 +1097,7 @@ def test_a_hook_may_be_a_linear_map_with_guidance(model, plain, is_cross):
 
         def mix(self, site):
             keys = 77 if is_cross else site.height * site.width
-            return Mix(own_rows=slice(None if is_cross else 0, None), own=torch.ones(2, keys))
+            rows = torch.arange(2)
+            return Mix(2, rows, rows, torch.eye(keys)[None]) if is_cross else Mix(2, rows)
 
     assert difference(generate(model, [SQUIRREL, LION], Same()).latents, plain.latents) < 1e-5

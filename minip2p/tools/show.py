@@ -13,7 +13,8 @@ import torch
 from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
-from .attention import AttentionStore
+from ..store import AttentionStore
+from ..vae import to_images as to_images  # it is asked for here
 
 CELL = 256  # a picture's height in a row, in pixels; smaller ones are enlarged to it
 FONT_SIZE = 15
@@ -24,12 +25,6 @@ NARROW = 96  # captions have at least this width
 COLOURS = torch.tensor(
     [[0, 0, 4], [81, 18, 124], [183, 55, 121], [252, 137, 97], [252, 253, 191.0]]
 )
-
-
-def to_images(pixels: Tensor) -> list[Image.Image]:
-    """pixels in [-1, 1], clamped, as the VAE decodes them: b 3 h w → b RGB images"""
-    pixels = ((pixels / 2 + 0.5).clamp(0, 1) * 255).round().to(torch.uint8)
-    return [Image.fromarray(p.numpy()) for p in pixels.permute(0, 2, 3, 1).cpu()]
 
 
 def row(

@@ -1,4 +1,4 @@
-"""Optional, for CPUs: the same pictures in less time. Of the package only cli.py uses it.
+"""Optional, for CPUs: the same pictures in less time. Of the package only the command line uses it.
 
     keep_memory()       the process keeps its large blocks of memory and uses them again
     prepare(unet)       the UNet's convolutions and linear layers compute the same another way

@@ -20,11 +20,13 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from .align import LENGTH, PUNCTUATION, Prompt, calls_of
-from .attention import AttentionStore, Edit, Site
-from .edit import PromptEdit, PromptToPrompt
-from .sample import Result
+from ..align import LENGTH, PUNCTUATION, Alignment, Prompt, bounds
+from ..attention import Edit, Site
+from ..edit import PromptEdit
+from ..sample import Result
+from ..store import AttentionStore
 from .show import COLOURS
+from .table import Line, lines, prompt_to_prompt, said
 
 TEMPLATE = Path(__file__).with_name("page.html")
 MAP_BYTES = 2**21  # of all maps; beyond, not every UNet call is on the page
@@ -135,21 +137,24 @@ def _link(
     word: _Word, r: int, source: Sequence[_Word], store: AttentionStore, edit: Edit | None
 ) -> dict[str, Any]:
     """Which of the source's words a word of prompt r belongs to, and when it takes their map."""
-    controlled = edit if isinstance(edit, PromptToPrompt) else None
-    row = controlled.rows[r - 1] if controlled else None
-    # Without control, words still belong together: as "auto" would align them.
-    alignment = row.alignment if row else PromptEdit().align(store.prompts[0], store.prompts[r])
-    taken = (alignment.mapper * alignment.exists)[:, word.tokens]  # k n
-    belongs = [i for i, other in enumerate(source) if taken[other.tokens].any()]
-    if row is None:
-        fate = "without control: its own map" if controlled else ""
-        return {"from": belongs, "taken": [], "fate": fate}
-    replaced = [j for j, column in zip(word.tokens, taken.T, strict=True) if column.any()]
-    windows = {calls_of(row.windows[j], store.calls) for j in replaced}
-    calls = sorted([window.start, window.stop] for window in windows if window)
+    control = prompt_to_prompt(edit)
+    if control is None or not control.exists[r].any():
+        # Without control, words still belong together: as "auto" would align them.
+        alignment = PromptEdit().align(store.prompts[0], store.prompts[r])
+        fate = "without control: its own map" if control else ""
+        return {"from": _belongs(word, source, alignment), "taken": [], "fate": fate}
+    belongs = _belongs(word, source, Alignment(control.mapper[r], control.exists[r]))
+    replaced = [j for j in word.tokens if control.exists[r, j]]
+    windows = bounds(control.windows[r, replaced], store.calls).unique(dim=0)
+    calls = [[start, stop] for start, stop in windows.tolist() if start < stop]
     names = " ".join(source[i].text for i in belongs)
     fate = f"where the source looks at “{names}”" if calls else "its own map"
     return {"from": belongs, "taken": calls, "fate": fate}
+
+
+def _belongs(word: _Word, source: Sequence[_Word], alignment: Alignment) -> list[int]:
+    taken = (alignment.mapper * alignment.exists)[:, word.tokens]  # k n
+    return [i for i, other in enumerate(source) if taken[other.tokens].any()]
 
 
 # --- HTML ----------------------------------------------------------------------------------------
@@ -199,45 +204,23 @@ def _data_uri(image: Image.Image) -> str:
 def _tables(
     edit: Edit | None, names: Sequence[str], words: Sequence[Sequence[_Word]], calls: int
 ) -> str:
-    """For each edited prompt, as PromptToPrompt.explain: whose attention a token takes over."""
-    if not isinstance(edit, PromptToPrompt) or not any(edit.rows):
+    """For each edited prompt, what table.lines says."""
+    control = prompt_to_prompt(edit)
+    if control is None:
         return ""
     tables = []
-    for r, row in enumerate(edit.rows, 1):
-        if row is None:
+    for r in range(1, len(words)):
+        of_row = lines(control, r, calls)
+        if not of_row:
             continue
-        weighed = bool((row.weights != 1).any())
+        weighed = any(line.weight != 1 for line in of_row)
         cells = ["Token", "Looks where the source looks at", "In the UNet’s calls", "Weight"]
         head = "".join(f'<th scope="col">{cell}</th>' for cell in cells[: 3 + weighed])
-        lines = []
-        for j in range(1, row.prompt.end):
-            parts = (row.alignment.mapper[:, j] * row.alignment.exists[j]).tolist()
-            sources = [
-                ("" if part == 1 else f"1/{1 / part:.0f} ") + _token(edit.source, i)
-                for i, part in enumerate(parts)
-                if part
-            ]
-            cells = [
-                escape(" + ".join(sources)) or "(nothing: new)",
-                _bar(row.windows[j], calls) if sources else "",
-                f"{row.weights[j]:g}",
-            ]
-            n = next((n for n, word in enumerate(words[r]) if j in word.tokens), "")
-            name = escape(_token(row.prompt, j))
-            lines.append(_line(name, cells[: 2 + weighed], f' data-row="{r}" data-word="{n}"'))
-        size = f"{edit.coarse[0]} × {edit.coarse[1]}"
-        when = _bar(row.self_window, calls)
-        lines.append(_line("<em>layout</em>", [f"(self-attention up to {size})", when]))
-        if row.blend:
-            what = ", ".join(row.blend.words) or "your own mask"
-            if row.blend.subtract:
-                what += f" without {', '.join(row.blend.subtract)}"
-            when = _bar((row.blend.start, 1.0), calls)
-            lines.append(_line("<em>blend</em>", [escape(f"({what})"), when]))
-        name, body = escape(names[r]), "\n".join(lines)
+        body = "\n".join(_line(line, r, words[r], calls, weighed) for line in of_row)
+        name = escape(names[r])
         tables.append(f"""<div class="scroll" role="region" tabindex="0" aria-label="{name}">
 <table>
-<caption><b>{name}</b> · {escape(row.prompt.text)}</caption>
+<caption><b>{name}</b> · {escape(control.prompts[r].text)}</caption>
 <thead><tr>{head}</tr></thead>
 <tbody>
 {body}
@@ -245,27 +228,27 @@ def _tables(
 </table>
 </div>""")
     body = "\n".join(tables)
-    return f'<h2>What is swapped, and when</h2>\n<div id="tables">\n{body}\n</div>'
+    return body and f'<h2>What is swapped, and when</h2>\n<div id="tables">\n{body}\n</div>'
 
 
-def _line(head: str, cells: Sequence[str], attributes: str = "") -> str:
+def _line(line: Line, r: int, words: Sequence[_Word], calls: int, weighed: bool) -> str:
+    what = re.sub(r"(\d) x (\d)", r"\1 × \2", line.what) if line.token is None else line.what
+    cells = [escape(what), _bar(line.calls, calls)]
+    if line.token is None:
+        head, data = f"<em>{line.name}</em>", ""
+    else:
+        n = next((n for n, word in enumerate(words) if line.token in word.tokens), "")
+        head, data = escape(line.name), f' data-row="{r}" data-word="{n}"'
+        cells += [f"{line.weight:g}"] * weighed
     body = "".join(f"<td>{cell}</td>" for cell in cells)
-    return f'<tr{attributes}><th scope="row">{head}</th>{body}</tr>'
+    return f'<tr{data}><th scope="row">{head}</th>{body}</tr>'
 
 
-def _token(prompt: Prompt, i: int) -> str:
-    if 0 < i < prompt.end:
-        return prompt.text[slice(*prompt.spans[i - 1])]
-    return "<end>" if i else "<begin>"
-
-
-def _bar(window: tuple[float, float], calls: int) -> str:
-    inside = calls_of(window, calls)
-    text = f"{inside.start + 1} to {inside.stop}" if inside else "none"
-    return (
-        f'<span class="bar"><i style="--from:{inside.start};--to:{inside.stop}"></i></span>'
-        f"{text} of {calls}"
-    )
+def _bar(when: range | None, calls: int) -> str:
+    if when is None:
+        return ""
+    bar = f'<span class="bar"><i style="--from:{when.start};--to:{when.stop}"></i></span>'
+    return bar + said(when, calls)
 
 
 def _about(store: AttentionStore, shown: range) -> str:

@@ -16,6 +16,7 @@ import tempfile
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any, BinaryIO, NoReturn
 
@@ -23,12 +24,15 @@ import torch
 from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 
+from ..align import DEFAULT, Window, Windows, swap_word, window
+from ..blend import LocalBlend
+from ..edit import PromptEdit, Reweight
+from ..sample import Result, generate
+from ..settings import SCHEDULERS
+from ..weights import StableDiffusion, load
 from . import fast, show
-from .align import DEFAULT, Window, Windows, swap_word, window
-from .edit import LocalBlend, PromptEdit, Reweight
 from .page import PageStore, page
-from .sample import SCHEDULERS, Result, explain, generate
-from .weights import StableDiffusion, load
+from .table import explain
 
 EXAMPLE = "a painting of a squirrel eating a burger", "squirrel=lion"
 NEED_AN_EDIT = (
@@ -62,6 +66,7 @@ def make_parser() -> Parser:
         "Without arguments: a squirrel that eats a burger, a lion without control, and the swap.",
         allow_abbrev=False,
     )
+    parser.add_argument("--version", action="version", version=f"minip2p {version('minip2p')}")
     parser.register("action", None, Once)  # the default of add_argument
     add = parser.add_argument
     add("prompt", nargs="?", help="what the (source) picture shows")

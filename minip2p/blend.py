@@ -1,0 +1,153 @@
+"""LocalBlend: where nothing looks at the given words, the source stays.
+
+Hertz et al. 2022, section 4, "local editing".
+
+Shapes:  b prompts, row 0 the source · k 77 tokens · q pixels of the coarse feature map ·
+         h w height and width of the latents
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from .align import LENGTH, Alignment, Prompt
+from .check import check, describe, is_number
+
+
+@dataclass(frozen=True)
+class LocalBlend:
+    """Keep the source's latents outside the places that the given words look at.
+
+    The mask is where the words' attention, summed over the calls so far and over the layers of the
+    coarse size, exceeds `threshold` of its maximum, in the source or in the edit.
+
+    words: of the source or the edited prompt; each stands for its counterpart in the other, too.
+    start: the fraction of the UNet calls after which blending starts.
+    subtract: words whose places are taken out of the mask.
+    mask: your own mask instead of `words`: h w, of latent or picture pixels, above 0.5 is edited.
+    """
+
+    words: str | Sequence[str] = ()
+    threshold: float = 0.3
+    start: float = 0.0
+    subtract: str | Sequence[str] = ()
+    mask: Any = None
+
+    def __post_init__(self) -> None:
+        for name in ("words", "subtract"):
+            value = getattr(self, name)
+            value = (value,) if isinstance(value, str) else value
+            check(
+                isinstance(value, Sequence) and all(isinstance(v, str) for v in value),
+                f"A blend's {name} are a word or a list of words, not {value!r}.",
+            )
+            object.__setattr__(self, name, tuple(value))
+        check(
+            bool(self.words) != (self.mask is not None),
+            "A LocalBlend needs at least one word or a mask, and not both.",
+        )
+        check(
+            self.mask is None or not self.subtract,
+            "A LocalBlend subtracts words from words, not from a mask.",
+        )
+        check(
+            is_number(self.threshold) and 0 <= self.threshold < 1,
+            f"A blend's threshold must be from 0 to below 1, not {self.threshold!r}.",
+        )
+        check(
+            is_number(self.start) and 0 <= self.start <= 1,
+            f"A blend starts at a fraction of the UNet calls from 0 to 1, not at {self.start!r}.",
+        )
+
+
+class Blend:
+    """A LocalBlend of row `r` of a run: the sums of its words' maps, and the mask they make."""
+
+    def __init__(
+        self,
+        spec: LocalBlend,
+        r: int,
+        prompts: Sequence[Prompt],
+        alignment: Alignment,
+        latent_size: tuple[int, int],
+        coarse: tuple[int, int],
+        device: torch.device | str,
+    ):
+        self.spec, self.r, self.latent_size, self.coarse = spec, r, latent_size, coarse
+        self.maps: Tensor | None = None  # b q 2, summed over layers and calls
+        self.mask: Tensor | None = None  # h w, bool: a mask of the user's own
+        self.columns: Tensor | None = None  # b k 2: the tokens of `words`, and those of `subtract`
+        if spec.mask is None:
+            self.columns = word_columns(spec, r, prompts, alignment).to(device)
+        else:
+            self.mask = own_mask(spec.mask, latent_size).to(device)
+
+    def add(self, maps: Tensor) -> None:
+        """maps: b q 2, of one layer at one UNet call."""
+        self.maps = maps if self.maps is None else self.maps + maps
+
+    def __call__(self, latents: Tensor) -> Tensor:
+        """x_e ← x_source + mask (x_e - x_source)"""
+        latents = latents.clone()
+        latents[self.r] = torch.where(self.where(), latents[self.r], latents[0])
+        return latents
+
+    def where(self) -> Tensor:
+        """h w, bool: where the edit may differ from the source."""
+        if self.mask is not None:
+            return self.mask
+        assert self.maps is not None
+        words, subtract = self.maps[[0, self.r]].mT.unflatten(2, self.coarse).unbind(dim=1)  # 2 h w
+        words = F.max_pool2d(words[:, None], 3, stride=1, padding=1)[:, 0]
+        return self.above(words) & ~self.above(subtract)
+
+    def above(self, maps: Tensor) -> Tensor:
+        """Where either map, source's or edit's, exceeds the threshold of its own maximum."""
+        maps = F.interpolate(maps[:, None], size=self.latent_size, mode="nearest")[:, 0]
+        highest = maps.amax(dim=(1, 2), keepdim=True)
+        return (maps > self.spec.threshold * highest).any(dim=0)
+
+
+def word_columns(
+    spec: LocalBlend, r: int, prompts: Sequence[Prompt], alignment: Alignment
+) -> Tensor:
+    """Which tokens a blend looks at, in rows 0 and r. → b k 2: of `words`, of `subtract`"""
+    columns = torch.zeros(len(prompts), LENGTH, 2)
+    for n, words in enumerate((spec.words, spec.subtract)):
+        for word in words:
+            at_source, at_target = alignment.carry(word, prompts[0], prompts[r])
+            columns[0, at_source, n] = columns[r, at_target, n] = 1
+    check(
+        columns[..., 0].any(),
+        f"None of the blend's words, {', '.join(spec.words)}, is in {prompts[r].text!r}, which "
+        f"has: {', '.join(prompts[r].words)}.",
+    )
+    return columns
+
+
+def own_mask(mask: Any, latent_size: tuple[int, int]) -> Tensor:
+    """A user's mask, of the latents' size or a whole multiple of it → bool h w"""
+    h, w = latent_size
+    if hasattr(mask, "convert"):  # a PIL image
+        mask = np.asarray(mask.convert("L"))
+    try:
+        mask = torch.as_tensor(mask)
+        mask = mask.float() / (255 if mask.dtype == torch.uint8 else 1)
+    except (TypeError, ValueError, RuntimeError):
+        raise ValueError(
+            f"A blend's mask is a PIL image, an array or a tensor, not {describe(mask)}."
+        ) from None
+    height, width = mask.shape if mask.ndim == 2 else (0, 0)
+    check(
+        height and width and not height % h and not width % w and height * w == width * h,
+        f"A blend's mask must be {h} x {w} (height x width), as the latents, or a multiple "
+        f"of it, as the picture, not {' x '.join(map(str, mask.shape))}.",
+    )
+    return F.adaptive_avg_pool2d(mask[None], latent_size)[0] > 0.5

@@ -1,0 +1,201 @@
+"""Beside an edit: Chain, several hooks as one, and AttentionStore, which keeps attention maps."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import replace
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .align import LENGTH, Prompt, check_words
+from .attention import Edit, Mix, Site
+from .check import check
+
+PLACES = "down", "mid", "up"
+
+
+class Chain(Edit):
+    """Several edits as one: each sees the maps that the one before it returned.
+
+    edits: hooks, and whatever else `generate` takes as `edit`: Chain([WordSwap(), MyHook()]).
+    """
+
+    def __init__(self, edits: Iterable[Any]):
+        self.edits = list(edits)
+
+    def at(self, call: int, calls: int) -> Edit | None:
+        edits = [now for edit in self.edits if (now := edit.at(call, calls)) is not None]
+        return Chain(edits) if edits else None
+
+    def wants(self, site: Site) -> bool:
+        return any(edit.wants(site) for edit in self.edits)
+
+    def __call__(self, probs: Tensor, site: Site) -> Tensor:
+        for edit in self.edits:
+            if edit.wants(site):
+                probs = edit(probs, site)
+        return probs
+
+    def mix(self, site: Site) -> Mix | None:
+        """One edit that is a linear map, and any number of readers after it."""
+        first, *readers = [edit.mix(site) for edit in self.edits if edit.wants(site)]
+        if first is None or not all(mix and mix.only_reads for mix in readers):
+            return None
+        reads = [read for mix in readers if mix for read in mix.reads]
+        if first.scale is not None:  # they see the maps after it: M̂ diag(s) c = M̂ (s c)
+            reads = [(columns * first.scale[..., None], add) for columns, add in reads]
+        return replace(first, reads=(*first.reads, *reads))
+
+    def blend(self, latents: Tensor) -> Tensor:
+        for edit in self.edits:
+            latents = edit.blend(latents)
+        return latents
+
+
+class AttentionStore(Edit):
+    """Keep attention maps, averaged over heads and summed over the UNet calls. Changes nothing.
+
+    places: which of "down", "mid", "up". cross, self_attention: which kinds. max_pixels: of the
+    largest feature map whose maps are kept; None means 32 x 32, or the coarse size where that is
+    larger. A self-attention map has the square of it as entries.
+    words: keep only these words' maps, for which no whole map is written down; None: every token's.
+    before_edit: the maps as each prompt had them, not as the edit left them.
+    by_call: keep every UNet call's maps apart.
+
+    Everything is float32 and belongs to the store alone: no later edit reaches it.
+    """
+
+    def __init__(
+        self,
+        *,
+        places: Sequence[str] = PLACES,
+        cross: bool = True,
+        self_attention: bool = False,
+        max_pixels: int | None = None,
+        words: Sequence[str] | None = None,
+        before_edit: bool = False,
+        by_call: bool = False,
+    ):
+        self.places = _tuple(places)
+        for place in self.places:
+            check(place in PLACES, f"There is no place {place!r}, only: {', '.join(PLACES)}.")
+        self.max_pixels, self.before_edit, self.by_call = max_pixels, before_edit, by_call
+        self.kinds = {True: cross, False: self_attention}
+        self.words = None if words is None else _tuple(words)
+        self.begin([], (0, 0))
+
+    def begin(
+        self, prompts: Sequence[Prompt], size: tuple[int, int], device: torch.device | None = None
+    ) -> None:
+        """Forget the last run. size: the feature map that average() and word() take by default.
+
+        Raises ValueError if one of `words` is in no prompt.
+        """
+        self.prompts, self.size, self.calls = list(prompts), size, 0
+        self.maps: dict[Site, list[Tensor]] = {}  # one sum, or with by_call one map for each call
+        self.columns: Tensor | None = None  # b k n: which tokens each of `words` is
+        if self.words is not None and prompts:
+            check_words(self.words, prompts)
+            self.columns = torch.zeros(len(prompts), LENGTH, len(self.words), device=device)
+            for row, prompt in enumerate(prompts):
+                for column, word in enumerate(self.words):
+                    self.columns[row, prompt.find(word), column] = 1
+
+    def at(self, call: int, calls: int) -> Edit:
+        self.calls += 1
+        return self
+
+    def wants(self, site: Site) -> bool:
+        pixels, coarse = site.height * site.width, self.size[0] * self.size[1]
+        most = max(32 * 32, coarse) if self.max_pixels is None else self.max_pixels
+        return self.kinds[site.is_cross] and site.place in self.places and pixels <= most
+
+    def __call__(self, probs: Tensor, site: Site) -> Tensor:
+        maps = probs.mean(dim=1)  # b q k
+        if self.columns is not None and site.is_cross:
+            maps = maps @ self.columns.to(maps.dtype)
+        self.add(site, maps)
+        return probs
+
+    def mix(self, site: Site) -> Mix | None:
+        if self.columns is None or not site.is_cross or self.before_edit:
+            return None
+        return Mix(reads=((self.columns, partial(self.add, site)),))
+
+    def add(self, site: Site, maps: Tensor) -> None:
+        """maps: b q n, of one UNet call."""
+        kept = self.maps.setdefault(site, [])
+        if self.by_call or not kept:
+            kept.append(maps.clone())
+        else:
+            kept[0] += maps
+
+    def average(
+        self,
+        size: tuple[int, int] | None = None,
+        places: Sequence[str] | None = None,
+        is_cross: bool = True,
+        call: int | None = None,
+    ) -> Tensor:
+        """Mean over the layers of one size and over the UNet calls, or of one `call`. → b h w k
+
+        k: the prompt's tokens, the store's `words`, or for self-attention all h·w pixels.
+        size: of the feature map; by default the coarse one, 16 x 16 for a square SD picture.
+        Raises ValueError, listing what there is, if no such map was kept.
+        """
+        size, places = size or self.size, _tuple(places or self.places)
+        pair = isinstance(size, Sequence) and len(size) == 2
+        check(pair, f"A size is a pair (height, width), not {size!r}.")
+
+        def kind(site: Site) -> tuple[str, bool, int, int]:
+            return site.place, site.is_cross, site.height, site.width
+
+        asked = [(place, is_cross, *size) for place in places]
+        kept = [maps for site, maps in self.maps.items() if kind(site) in asked]
+        names = {True: "cross", False: "self"}
+        all_kinds = sorted({kind(site) for site in self.maps})
+        listing = ", ".join(f"{place} {h}x{w} {names[c]}" for place, c, h, w in all_kinds)
+        check(
+            kept,
+            f"No {names[is_cross]}-attention map of {size[0]}x{size[1]} in {', '.join(places)} was "
+            f"kept, only: {listing or 'nothing'}.",
+        )
+        check(
+            call is None or (self.by_call and call in range(self.calls)),
+            f"The maps of call {call} were not kept apart: store with by_call=True and ask for "
+            f"0 to {self.calls - 1}.",
+        )
+        each = [torch.stack(m).sum(dim=0) / self.calls if call is None else m[call] for m in kept]
+        return torch.stack(each).mean(dim=0).unflatten(1, tuple(size))
+
+    def prompt(self, number: int) -> Prompt:
+        """The prompt of that row. Raises ValueError if there is none."""
+        check(
+            isinstance(number, int) and 0 <= number < len(self.prompts),
+            f"There is no prompt number {number!r}: the store has {len(self.prompts)}, "
+            "counted from 0.",
+        )
+        return self.prompts[number]
+
+    def word(self, word: str, prompt: int = 0, **which: Any) -> Tensor:
+        """How much each pixel looks at `word`, summed over its tokens; `which` as in average. → h w
+
+        Raises ValueError if the prompt has no such word.
+        """
+        text = self.prompt(prompt)
+        check_words([word], [text])
+        is_cross = which.get("is_cross", True)
+        check(is_cross, "A word has maps in cross-attention only: leave out is_cross=False.")
+        maps = self.average(**which)[prompt]
+        if self.words is None:
+            return maps[..., text.find(word)].sum(dim=-1)
+        known = ", ".join(self.words)
+        check(word in self.words, f"Only the words {known} were kept, not {word!r}.")
+        return maps[..., self.words.index(word)]
+
+
+def _tuple(value: str | Sequence[str]) -> tuple[str, ...]:
+    return (value,) if isinstance(value, str) else tuple(value)
