@@ -26,10 +26,11 @@ from minip2p import AttentionStore, LocalBlend, Refine, Reweight, Site, WordSwap
 from minip2p.align import Prompt
 from minip2p.edit import Edits, bind
 from minip2p.sample import Result
-from minip2p.text import load_tokenizer, tokenize
+from minip2p.text import tokenize
 from minip2p.tools import table
 from minip2p.tools.page import MAP_BYTES, PageStore, page
 from minip2p.tools.show import COLOURS
+from minip2p.weights.clip import load_tokenizer
 
 TOKENIZER = Path(minip2p.__file__).parent / "models" / "emoji" / "tokenizer"
 SQUIRREL, LION = "a squirrel eating a burger", "a lion eating a burger"

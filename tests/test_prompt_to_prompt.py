@@ -20,7 +20,8 @@ import minip2p
 from minip2p import Chain, LocalBlend, Refine, Reweight, WordSwap
 from minip2p.attention import Attention, Guided, Mix, coarse_size
 from minip2p.edit import bind
-from minip2p.text import encode, load_tokenizer, tokenize
+from minip2p.text import encode, tokenize
+from minip2p.weights.clip import load_tokenizer
 
 FOLDER = Path(minip2p.__file__).parent / "models" / "emoji"
 STEPS = 5

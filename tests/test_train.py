@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 import minip2p
-from minip2p import text
+from minip2p.weights.clip import load_tokenizer
 from world import train, vocabulary
 from world.scenes import FULL, SMALL, sample
 
@@ -133,7 +133,7 @@ def test_word_maps_are_pulled_towards_the_masks():
 
 @pytest.mark.parametrize("world", [FULL, SMALL], ids=lambda world: world.name)
 def test_every_word_is_as_many_tokens_as_it_should_be(world, folder):
-    tokenizer = text.load_tokenizer(folder / "tokenizer")
+    tokenizer = load_tokenizer(folder / "tokenizer")
     assert len(tokenizer) == len(json.loads((folder / "tokenizer" / "vocab.json").read_text()))
     for word in [*world.words, *vocabulary.OTHERS]:
         pieces = vocabulary.PIECES.get(word, [word])
@@ -141,7 +141,7 @@ def test_every_word_is_as_many_tokens_as_it_should_be(world, folder):
 
 
 def test_columns_are_those_of_the_words(folder):
-    tokenizer = text.load_tokenizer(folder / "tokenizer")
+    tokenizer = load_tokenizer(folder / "tokenizer")
     scenes = [sample(SMALL, seed) for seed in range(200)]
     masks = torch.zeros(len(scenes), 2, 16, 16, dtype=torch.uint8).numpy()
     captions = train.Captions.of(train.Data(scenes, masks, masks), tokenizer)

@@ -35,9 +35,10 @@ from tqdm import tqdm
 from minip2p import show
 from minip2p.attention import Edit, Site
 from minip2p.scheduler import alpha_bars
-from minip2p.text import load_tokenizer, tokenize
+from minip2p.text import tokenize
 from minip2p.unet import UNet
 from minip2p.vae import VAE
+from minip2p.weights.clip import load_tokenizer
 
 from . import scenes as world
 from .vocabulary import save_tokenizer
