@@ -6,11 +6,12 @@ section 3). Row 0 is the source, row e an edit of it, α_j is 1 while token j is
     replace     M̂_e = M_0 mapper        a new word's tokens look where the old word's looked
     refine      M̂_e = M_0[:, gather]    tokens of both prompts look where the source's looked
     windows     M̂_e[:, j] = α_j M̂_e[:, j] + (1 - α_j) M_e[:, j];  α_j = 0 for an added word
-    reweight    M̂_e[:, j] *= w_j        at every call, in and out of the windows
+    reweight    M̂_e[:, j] *= w_j        at every call, in and out of the windows; or within them
     self        M̂_e = M_0               in its window, at feature maps up to the coarse size
 
 With guidance, the blank half of the batch is not edited. A window is a fraction of the UNet calls
-and ends before call floor(fraction · calls). The blend looks at the maps after the edit.
+and ends before call floor(fraction · calls). The blend looks at the maps after the edit and before
+the weights, which say how loud a word is and not where it is.
 
 Shapes:  b prompts · i heads · q query pixels · k keys: 77 tokens, or pixels
 """
@@ -117,6 +118,7 @@ class Edit:
     word_windows: dict[str, Window] = field(default_factory=dict)
     weights: dict[str, float] = field(default_factory=dict)
     blend: Blend | None = None
+    everywhere: bool = True  # the weights, also out of the windows
 
 
 class Run:
@@ -134,7 +136,8 @@ class Run:
         self.call, self.calls, self.coarse = 0, calls, coarse
         self.rows = [self.in_tokens(*row) for row in zip(prompts[1:], edits, strict=True)]
         self.before: Any = 0  # b q k: coarse cross-attention, mean over heads, sum over all so far
-        self.after: Any = 0  # the same once edited
+        self.unweighed: Any = 0  # the same once edited, where a blend looks
+        self.after: Any = 0  # and once the words' weights are in, as they are used
         self.layers = 0  # of which these are the sums
         self.margin = math.inf  # how near to its threshold a pixel of a blend's mask came
 
@@ -165,15 +168,19 @@ class Run:
             ]
             return torch.where(torch.tensor(inside).view(-1, 1, 1, 1), probs[0], probs)
 
-        edited = probs.clone()
-        for e, (mapper, takes_part, windows, weights) in enumerate(self.rows, 1):
-            alpha = torch.tensor([self.inside(window) for window in windows]) & takes_part
-            edited[e] = torch.where(alpha, probs[0] @ mapper, probs[e]) * weights
+        edited, weighed = probs.clone(), probs.clone()
+        for e, (edit, row) in enumerate(zip(self.edits, self.rows, strict=True), 1):
+            mapper, takes_part, windows, weights = row
+            inside = torch.tensor([self.inside(window) for window in windows])
+            edited[e] = torch.where(inside & takes_part, probs[0] @ mapper, probs[e])
+            heard = inside | (edit is not None and edit.everywhere)
+            weighed[e] = edited[e] * torch.where(heard, weights, 1)
         if probs.shape[2] == math.prod(self.coarse):
             self.before = self.before + probs.mean(dim=1)
-            self.after = self.after + edited.mean(dim=1)
+            self.unweighed = self.unweighed + edited.mean(dim=1)
+            self.after = self.after + weighed.mean(dim=1)
             self.layers += 1
-        return edited
+        return weighed
 
     def blended(self, x: Tensor) -> Tensor:
         """x: b 4 h w, after the scheduler's step → the latents to go on with."""
@@ -210,7 +217,7 @@ class Run:
             if not words:
                 continue
             at = positions(self.tokenizer, self.prompts[row], words)
-            maps = self.after[row][:, at].sum(dim=1).view(1, 1, *self.coarse)
+            maps = self.unweighed[row][:, at].sum(dim=1).view(1, 1, *self.coarse)
             if pool:
                 maps = F.max_pool2d(maps, 3, stride=1, padding=1)
             maps = F.interpolate(maps, size=size, mode="nearest")[0, 0]

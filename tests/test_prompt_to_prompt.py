@@ -325,6 +325,18 @@ def reweight_several_words_on_a_swap() -> Case:
 
 
 @case
+def reweight_within_the_windows_of_a_refinement() -> Case:
+    """As in the original notebook: an added word's weight acts in its window, too."""
+    weights, windows = {"snow": 3.0, "burger": -1.0}, {"burger": (0.0, 0.4)}
+    refine = Refine({"default_": 0.7, "burger": 0.4}, 0.4)
+    return Case(
+        [SQUIRREL, SNOW],
+        Reweight(weights, refine, everywhere=False),
+        [ref.Edit(ref.refine, (0, 0.7), (0, 0.4), windows, weights, everywhere=False)],
+    )
+
+
+@case
 def reweight_on_a_refinement() -> Case:
     weights = {"snow": 3.0, "burger": 0.5}
     return Case(
@@ -564,6 +576,10 @@ WRONG: dict[str, tuple[str, dict[str, Any]]] = {
     "n to 1 by the mean": ("swap_2_to_1", {"align": shared_by_the_mean}),
     "weights a little off": ("reweight_louder", {"weights": {"snow": 3.8}}),
     "no weights outside of the windows": ("reweight_without_any_window", {"weights": {}}),
+    "weights outside of the windows": (
+        "reweight_within_the_windows_of_a_refinement",
+        {"everywhere": True},
+    ),
     "blend one call late": (
         "blend_starts_late_and_subtracts",
         {"blend": ref.Blend(["squirrel"], ["lion"], ["burger"], ["burger"], 0.25, 0.67)},
@@ -615,6 +631,10 @@ MIXES: dict[str, Any] = {
         Reweight({"snow": 3.0, "lion": -1.0}, WordSwap(WINDOWS, 0.5)),
         Reweight({"night": 2.0}, Refine(1.0, 1.0)),
     ],
+    "weighted within the windows": [
+        Reweight({"snow": 3.0, "lion": -1.0}, WordSwap(WINDOWS, 0.5), everywhere=False),
+        Reweight({"night": 2.0}, Refine({"default_": 1, "night": 0.3}), everywhere=False),
+    ],
 }
 
 
@@ -663,14 +683,14 @@ def test_every_layer_fused_equals_written_out(model, name):
 
 @pytest.mark.parametrize("name", MIXES)
 def test_every_layer_with_guidance_and_a_store_of_words(model, name):
-    """The blank rows before the prompts are left alone, and what a fused edit reads is the map."""
+    """The blank rows after the prompts are left alone, and what a fused edit reads is the map."""
     prompts, context, x, edit = halfway(model, (16, 16), MIXES[name])
     stores = [minip2p.AttentionStore(words=["snow", "lion", word(2)]) for _ in range(2)]
     for store in stores:
         store.begin(prompts, (16, 16))
         store.at(0, 1)
     fused, written = (Chain([edit, store]) for store in stores)
-    x, context = torch.cat([x, x]), torch.cat([context.flip(0), context])
+    x, context = torch.cat([x, x]), torch.cat([context, context.flip(0)])
     found = each_layer(
         model.unet,
         x,
