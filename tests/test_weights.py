@@ -981,7 +981,15 @@ def test_the_tokenizer_of_a_single_file(hub, layouts, capsys):
 
 # --- the rooms ------------------------------------------------------------------------------------
 
-ROOMS = ("files", "build", "clip", "folder", "single_file", "hub")  # none imports a later one
+ROOMS = (
+    "files",
+    "build",
+    "schedule",
+    "clip",
+    "folder",
+    "single_file",
+    "hub",
+)  # none imports a later one
 APART = {"folder": {"files"}, "single_file": {"files"}}  # whoever reads these needs no others
 
 

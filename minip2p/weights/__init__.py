@@ -25,7 +25,7 @@ from torch import nn
 
 from ..unet import UNet
 from ..vae import VAE
-from . import build, clip
+from . import build, clip, schedule
 from .files import WeightsError as WeightsError
 from .files import read
 from .folder import from_folder
@@ -106,7 +106,7 @@ def load(
     path = find(str(source), half)
     configs, tensors, folder = from_single_file(path) if path.is_file() else from_folder(path, half)
 
-    noise_levels = build.schedule(configs["scheduler"])
+    noise_levels = schedule.noise_levels(configs["scheduler"])
     latents = build.wholes(configs["unet"], "sample_size", 64)
     build.check_text_encoder(configs["text_encoder"], configs["unet"])
     unet = build.blank_unet(configs["unet"], tensors["unet"])
@@ -122,14 +122,12 @@ def load(
         )
     text_weights = read(tensors["text_encoder"], dtype, device)
     text_encoder = clip.load_text_encoder(configs["text_encoder"], text_weights)
-    scheduler = configs["scheduler"].get("_class_name", "PNDMScheduler")  # SD 1.x's own
     return StableDiffusion(
         tokenizer=words,
         text_encoder=text_encoder.to(device),
         unet=build.fill(unet, read(tensors["unet"], dtype, device)),
         vae=build.fill(vae, read(tensors["vae"], torch.float32, device)),
-        # DDIM for the classes that are not here: the plainest sampler of the same noise levels.
-        scheduler="pndm" if scheduler == "PNDMScheduler" else "ddim",
+        scheduler=schedule.sampler(configs["scheduler"]),
         schedule=noise_levels,
         sample_size=(latents[0], latents[-1]),
         defaults=dict(configs["defaults"]),

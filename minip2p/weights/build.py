@@ -30,16 +30,14 @@ VAE_FIELDS = {
     "shift_factor": None, "latents_mean": None, "latents_std": None,
 }
 TEXT_FIELDS = {"hidden_act": "quick_gelu", "max_position_embeddings": 77}
-SCHEDULER_FIELDS = {
-    "prediction_type": "epsilon", "beta_schedule": "scaled_linear", "trained_betas": None,
-    "rescale_betas_zero_snr": False,
-}
 WHO = {  # has something else there
     "in_channels": "inpainting (9), instruct-pix2pix (8) and depth (5) models",
     "use_linear_projection": "Stable Diffusion 2.x", "attention_head_dim": "Stable Diffusion 2.x",
     "hidden_act": "Stable Diffusion 2.x", "addition_embed_type": "Stable Diffusion XL",
     "time_cond_proj_dim": "models distilled to few steps (LCM)",
     "mid_block_type": "pruned models (BK-SDM)", "prediction_type": "v-prediction models",
+    "_class_name": "models of another noise (flow matching, EDM, consistency)",
+    "use_flow_sigmas": "flow-matching models", "thresholding": "models of pixels, not of latents",
 }
 # fmt: on
 
@@ -136,18 +134,6 @@ def check_text_encoder(config: Config, unet: Config) -> None:
     width = whole(config, "hidden_size", 768)
     if width != whole(unet, "cross_attention_dim", 768):
         raise other(unet, "cross_attention_dim", f"its text encoder's width, {width}")
-
-
-def schedule(config: Config) -> dict[str, Any]:
-    """How training laid out the noise levels."""
-    check_fields(config, SCHEDULER_FIELDS)
-    return {
-        "num_train_timesteps": whole(config, "num_train_timesteps", 1000),
-        "beta_start": number(config, "beta_start", 0.00085),
-        "beta_end": number(config, "beta_end", 0.012),
-        "steps_offset": 1,  # whatever stands there: diffusers corrects old files so, too
-        "set_alpha_to_one": bool(config.get("set_alpha_to_one")),
-    }
 
 
 def fill(module: Module, state: dict[str, Tensor]) -> Module:
