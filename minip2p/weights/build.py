@@ -20,16 +20,21 @@ UNET_FIELDS = {  # what minip2p builds, and SD 1.x means where the field is abse
     "use_linear_projection": False, "addition_embed_type": None, "time_cond_proj_dim": None,
     "mid_block_type": "UNetMidBlock2DCrossAttn", "mid_block_scale_factor": 1,
     "flip_sin_to_cos": True, "freq_shift": 0, "downsample_padding": 1, "center_input_sample": False,
-    "upcast_attention": False, "only_cross_attention": False, "dual_cross_attention": False,
+    "only_cross_attention": False, "mid_block_only_cross_attention": False,
+    "dual_cross_attention": False,
     "class_embed_type": None, "encoder_hid_dim": None, "transformer_layers_per_block": 1,
     "resnet_time_scale_shift": "default", "attention_type": "default",
+    "resnet_skip_time_act": False, "resnet_out_scale_factor": 1.0, "timestep_post_act": None,
+    "time_embedding_type": "positional", "time_embedding_act_fn": None,
 }
 VAE_FIELDS = {
     "in_channels": 3, "out_channels": 3, "latent_channels": 4, "act_fn": "silu",
     "use_quant_conv": True, "use_post_quant_conv": True, "mid_block_add_attention": True,
     "shift_factor": None, "latents_mean": None, "latents_std": None,
 }
-TEXT_FIELDS = {"hidden_act": "quick_gelu", "max_position_embeddings": 77}
+TEXT_FIELDS = {
+    "hidden_act": "quick_gelu", "max_position_embeddings": 77, "layer_norm_eps": 1e-5,
+}
 WHO = {  # has something else there
     "in_channels": "inpainting (9), instruct-pix2pix (8) and depth (5) models",
     "use_linear_projection": "Stable Diffusion 2.x", "attention_head_dim": "Stable Diffusion 2.x",
@@ -51,9 +56,11 @@ def other(config: Config, name: str, expected: object) -> WeightsError:
 
 def check_fields(config: Config, fields: dict[str, Any]) -> None:
     for name, expected in fields.items():
-        # None, False and 0 mean the same in these fields.
-        if (config.get(name, expected) or None) != (expected or None):
-            raise other(config, name, expected)
+        value = config.get(name, expected)
+        for one in value if isinstance(value, list) else [value]:  # it may be given for each level
+            # None, False and 0 mean the same in these fields.
+            if (one or None) != (expected or None):
+                raise other(config, name, expected)
 
 
 def wholes(config: Config, name: str, default: int | list[int]) -> list[int]:
@@ -109,6 +116,7 @@ def blank(kind: type[Module], config: Config, tensors: Tensors, **more: Any) -> 
 
 
 def blank_unet(config: Config, tensors: Tensors) -> UNet:
+    """upcast_attention has no place in UNET_FIELDS: the softmax is in float32 in any case."""
     check_fields(config, UNET_FIELDS)
     widths = wholes(config, "block_out_channels", [320, 640, 1280, 1280])
     # SD 1.x calls the number of heads attention_head_dim.
