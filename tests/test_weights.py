@@ -22,7 +22,9 @@ import diffusers
 import huggingface_hub
 import pytest
 import torch
+import transformers
 from huggingface_hub import errors
+from huggingface_hub.utils import filter_repo_objects
 from models import (
     EMOJI_TOKENIZER,
     Truth,
@@ -35,7 +37,8 @@ from models import (
 )
 from safetensors.torch import load_file, save_file
 
-from minip2p import weights
+from minip2p import generate, weights
+from minip2p.text import encode, tokenize
 from minip2p.unet import UNet
 from minip2p.vae import VAE
 from minip2p.weights import StableDiffusion, WeightsError, load
@@ -817,6 +820,10 @@ REFUSED_CONFIGS: dict[str, tuple[str, dict[str, Any], str]] = {
     "widths of text": ("unet", {"block_out_channels": "wide"}, "block_out_channels = wide"),
     "no widths": ("unet", {"block_out_channels": []}, r"block_out_channels = \[\]"),
     "negative width": ("unet", {"block_out_channels": [-32, 64]}, r"\[-32, 64\]"),
+    "time embedding": ("unet", {"time_embedding_act_fn": "silu"}, "time_embedding_act_fn = silu"),
+    "scaled residuals": ("unet", {"resnet_out_scale_factor": 2.0}, "resnet_out_scale_factor = 2"),
+    "one level without": ("unet", {"only_cross_attention": [False, True]}, "only_cross_attention"),
+    "text norms": ("text_encoder", {"layer_norm_eps": 1e-6}, "layer_norm_eps = 1e-06"),
     "a level less": ("unet", {"block_out_channels": [32, 64, 96]}, "beyond those|lacks"),
     "layers": ("unet", {"layers_per_block": 3}, "lacks"),
     "layers differ": ("unet", {"layers_per_block": [1, 2, 2, 2]}, r"layers_per_block = \[1, 2"),
@@ -855,6 +862,80 @@ REFUSED_CONFIGS: dict[str, tuple[str, dict[str, Any], str]] = {
     "no timesteps": ("scheduler", {"num_train_timesteps": 0}, "num_train_timesteps = 0"),
     "SDXL index": (".", {"text_encoder_2": ["transformers", "CLIPTextModel"]}, "Diffusion XL or 3"),
 }
+
+
+# Fields with which diffusers loads a folder as well: (part, fields)
+ACCEPTED_CONFIGS: dict[str, tuple[str, dict[str, Any]]] = {
+    "clip skip": ("text_encoder", {"num_hidden_layers": 1}),
+    "no layer at all": ("text_encoder", {"num_hidden_layers": 0}),
+    "upcast": ("unet", {"upcast_attention": True}),
+    "upcast is null": ("unet", {"upcast_attention": None}),
+    "fields for each level": (
+        "unet",
+        {
+            **{"only_cross_attention": [False] * 4, "transformer_layers_per_block": [1] * 4},
+            **{"layers_per_block": [2] * 4, "attention_head_dim": [8] * 4},
+        },
+    ),
+    "fields of training": ("text_encoder", {"attention_dropout": 0.5, "projection_dim": 7}),
+    "training's dropout": ("unet", {"dropout": 0.5}),
+    "upcast of the VAE": ("vae", {"force_upcast": False}),
+}
+
+
+@pytest.mark.parametrize("part, fields", ACCEPTED_CONFIGS.values(), ids=ACCEPTED_CONFIGS)
+def test_folders_are_loaded_as_diffusers_loads_them(folder, part, fields):
+    prompt, settings = "a photo of a cat", dict(num_inference_steps=3, height=64, width=64)
+    plain = generate(load(folder, device="cpu"), prompt, seed=7, **settings).latents
+    edit_json(folder / part / "config.json", **fields)
+    model = load(folder, device="cpu")
+    pipe = diffusers.StableDiffusionPipeline.from_pretrained(folder)
+    pipe.set_progress_bar_config(disable=True)
+    ids = pipe.tokenizer(prompt, padding="max_length", max_length=77, return_tensors="pt").input_ids
+    context = encode(model.text_encoder, [tokenize(model.tokenizer, prompt)])
+    assert distance(context, pipe.text_encoder(ids).last_hidden_state) < 1e-6
+    noise = torch.randn(1, 4, 8, 8, generator=torch.Generator().manual_seed(7))
+    truth = pipe(prompt, latents=noise, output_type="latent", **settings).images
+    ours = generate(model, prompt, seed=7, **settings).latents
+    assert distance(ours, truth) < 1e-4
+    assert (distance(ours, plain) > 1e-3) == ("num_hidden_layers" in fields)
+
+
+def distance(ours: torch.Tensor, truth: torch.Tensor) -> float:
+    return ((ours - truth).norm() / truth.norm()).item()
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+def test_upcast_attention_is_not_missed_in_half_precision(folder, dtype):
+    """Ours without it is as near to float32 as diffusers' with it."""
+    exact = diffusers.UNet2DConditionModel.from_pretrained(folder / "unet")
+    edit_json(folder / "unet" / "config.json", upcast_attention=True)
+    theirs = diffusers.UNet2DConditionModel.from_pretrained(folder / "unet", torch_dtype=dtype)
+    ours, errors = load_on_cpu(folder, dtype).unet, {"ours": 0.0, "theirs": 0.0}
+    generator = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for t in range(1, 1000, 111):
+            x = torch.randn(2, 4, 16, 16, generator=generator)
+            context = torch.randn(2, 77, 128, generator=generator)
+            truth = exact(x, t, context).sample
+            half = x.to(dtype), t, context.to(dtype)
+            errors["ours"] += distance(ours(*half).float(), truth)
+            errors["theirs"] += distance(theirs(*half).sample.float(), truth)
+    assert errors["ours"] <= 1.1 * errors["theirs"]
+
+
+def test_layers_that_are_left_out_are_counted_from_the_end(folder):
+    """Tensors of no layer, and of a layer between, are missed as before."""
+    file = folder / "text_encoder" / "model.safetensors"
+    state = load_file(file)
+    lost = next(name for name in state if "layers.0.mlp.fc1.weight" in name)
+    file.unlink()
+    save_file({name: tensor for name, tensor in state.items() if name != lost}, file)
+    edit_json(folder / "text_encoder" / "config.json", num_hidden_layers=1)
+    assert "Missing key" in refusal(folder)
+    file.unlink()
+    save_file(state | {"extra.weight": torch.ones(1)}, file)
+    assert "extra.weight" in refusal(folder)
 
 
 @pytest.fixture
@@ -1088,6 +1169,62 @@ def test_the_smallest_snapshot_is_asked_for_and_announced(hub, layouts, capsys):
     first, second = capsys.readouterr().err.strip().split("\n")
     assert first == f"Downloading 4.27 GB of {REPO} to the Hugging Face cache"
     assert second == f"Downloading 2.13 GB of {REPO} to the Hugging Face cache"
+
+
+def with_a_token(folder: Path) -> Path:
+    """The model as of 2022 with a textual inversion: its token stands in a file of its own."""
+    (folder / "tokenizer" / "added_tokens.json").write_text('{"<cat-toy>": 1045}')
+    edit_json(folder / "text_encoder" / "config.json", vocab_size=1046)
+    file = folder / "text_encoder" / "model.safetensors"
+    state = load_file(file)
+    name = next(name for name in state if "token_embedding" in name)
+    state[name] = torch.cat([state[name], torch.full((1, 128), 0.5)])
+    save_file(state, file)
+    return folder
+
+
+def serve(hub: Hub, repository: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The hub has this folder, and a download gives only what was asked for."""
+    files = [file for file in repository.rglob("*") if file.is_file()]
+    hub.sizes = {str(file.relative_to(repository)): file.stat().st_size for file in files}
+
+    def snapshot_download(repo: str, *, allow_patterns: list[str]) -> str:
+        hub.asked.append(set(allow_patterns))
+        target = hub.cache / "served"
+        for name in filter_repo_objects(hub.sizes, allow_patterns=allow_patterns):
+            (target / name).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copyfile(repository / name, target / name)
+        return str(target)
+
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", snapshot_download)
+
+
+@pytest.mark.parametrize("layout", ["diffusers", "diffusers_old", "added token", "both", "none"])
+def test_a_hub_that_serves_what_is_asked_for_gives_the_local_model(
+    hub, layouts, tmp_path, monkeypatch, layout
+):
+    """A token in added_tokens.json was not asked for, and the model refused."""
+    source = layouts["diffusers" if layout == "diffusers" else "diffusers_old"]
+    repository = Path(shutil.copytree(source, tmp_path / "repository"))
+    if layout in ("added token", "both"):
+        with_a_token(repository)
+    if layout == "both":  # as a newer transformers saves it beside the files of before
+        tokenizer = transformers.CLIPTokenizerFast.from_pretrained(repository / "tokenizer")
+        tokenizer.save_pretrained(repository / "tokenizer")
+    if layout == "none":  # the barest: no configs of the tokenizer's
+        for name in ("tokenizer_config.json", "special_tokens_map.json"):
+            (repository / "tokenizer" / name).unlink()
+    (repository / "tokenizer" / "vocab.bin").write_bytes(b"PK\x03\x04")  # nobody needs it
+    serve(hub, repository, monkeypatch)
+    local, remote = load(repository, device="cpu"), load(REPO, device="cpu")
+    prompt = "a photo of <cat-toy> and a cat"
+    ids = tokenize(remote.tokenizer, prompt).ids
+    assert ids == tokenize(local.tokenizer, prompt).ids
+    assert (1045 in ids) == (layout in ("added token", "both"))
+    assert len(remote.tokenizer) == len(local.tokenizer)
+    there = {f"tokenizer/{file.name}" for file in (repository / "tokenizer").iterdir()}
+    (asked,) = hub.asked
+    assert there - asked == {"tokenizer/vocab.bin"}
 
 
 def test_fp16_is_chosen_part_by_part(hub, layouts):
