@@ -32,14 +32,20 @@ def spaced(steps: int, spacing: str, num_train_timesteps: int, steps_offset: int
     trailing: down from the noisiest, which suits few steps. linspace: from the noisiest to 0.
     """
     n = num_train_timesteps
+    check(1 <= steps < n, f"The number of steps must be from 1 to {n - 1}, not {steps}.")
+    names = ", ".join(SPACINGS)
+    check(spacing in SPACINGS, f"The spacing of timesteps is one of {names}, not {spacing!r}.")
     if spacing == "leading":
-        return [i * (n // steps) + steps_offset for i in reversed(range(steps))]
-    # Products of a rounded stride: so numpy does it, and halves are to fall on the same side.
-    if spacing == "trailing":
+        timesteps = [i * (n // steps) + steps_offset for i in reversed(range(steps))]
+    elif spacing == "trailing":  # in numpy's arithmetic: halves are to fall on the same side
         stride = (n - n / steps) - n
-        return [round(n + i * stride) - 1 for i in range(steps)]
-    stride = (n - 1) / max(steps - 1, 1)
-    return [round(i * stride) for i in reversed(range(steps))]
+        timesteps = [round(n + i * stride) - 1 for i in range(steps)]
+    else:
+        stride = (n - 1) / max(steps - 1, 1)
+        timesteps = [round(i * stride) for i in reversed(range(steps))]
+    within = timesteps[-1] >= 0 and timesteps[0] < n
+    check(within, f"With steps_offset {steps_offset} the run would leave timesteps 0 to {n - 1}.")
+    return timesteps
 
 
 class DDIM:
@@ -50,7 +56,7 @@ class DDIM:
     comparable.
     `timestep_spacing` is "leading", "trailing" or "linspace", and the step from t goes to
     t - num_train_timesteps // steps in each, as in diffusers.
-    Raises ValueError if `steps` is not within 1 to num_train_timesteps - 1.
+    Raises ValueError for steps that are not within 1 to num_train_timesteps - 1, and the like.
     """
 
     def __init__(
@@ -66,26 +72,13 @@ class DDIM:
         set_alpha_to_one: bool = False,
         timestep_spacing: str = "leading",
     ):
-        most = num_train_timesteps - 1
-        check(1 <= steps <= most, f"The number of steps must be from 1 to {most}, not {steps}.")
-        check(
-            is_number(eta) and 0 <= eta <= 1,
-            f"eta must be from 0 (DDIM) to 1 (DDPM), not {eta!r}.",
-        )
-        check(
-            timestep_spacing in SPACINGS,
-            f"The spacing of timesteps is {', '.join(SPACINGS)}, not {timestep_spacing!r}.",
-        )
+        right_eta = is_number(eta) and 0 <= eta <= 1
+        check(right_eta, f"eta must be from 0 (DDIM) to 1 (DDPM), not {eta!r}.")
+        self.timesteps = spaced(steps, timestep_spacing, num_train_timesteps, steps_offset)
+        self.stride = num_train_timesteps // steps
         self.alpha_bar = alpha_bars(num_train_timesteps, beta_start, beta_end)
         # SD was trained to end at ᾱ_0, a little noise above the clean latent.
         self.last_alpha_bar = torch.tensor(1.0) if set_alpha_to_one else self.alpha_bar[0]
-        self.stride = num_train_timesteps // steps
-        self.timesteps = spaced(steps, timestep_spacing, num_train_timesteps, steps_offset)
-        check(
-            self.timesteps[0] <= most,
-            f"The first timestep would be {self.timesteps[0]}, and training went up to {most}: "
-            f"take a steps_offset less than {steps_offset}.",
-        )
         self.eta, self.generator = eta, generator
 
     def alpha_bar_pair(self, t: int) -> tuple[Tensor, Tensor]:

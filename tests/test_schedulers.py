@@ -189,12 +189,17 @@ def load_json(file: Path) -> dict[str, Any]:
     [
         ({"timestep_spacing": "karras"}, "leading, trailing, linspace, not 'karras'"),
         ({"timestep_spacing": None}, "leading, trailing, linspace, not None"),
-        ({"steps_offset": 21}, "would be 1001.*up to 999.*less than 21"),
+        ({"steps_offset": 20}, "steps_offset 20 the run would leave timesteps 0 to 999"),
+        ({"steps_offset": -1}, "steps_offset -1 the run would leave"),
     ],
 )
 def test_mistakes_of_a_scheduler(arguments, says):
     with pytest.raises(ValueError, match=says):
         minip2p.DDIM(50, **arguments)
+
+
+def test_the_largest_offset_is_within_training():
+    assert minip2p.DDIM(50, steps_offset=19).timesteps[0] == 999
 
 
 # --- every field of a config ----------------------------------------------------------------------

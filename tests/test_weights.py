@@ -675,7 +675,7 @@ REFUSED_FILES: dict[str, tuple[Callable[[Shapes], Shapes], str]] = {
             {"vision_model.embeddings.class_embedding": (1024,), "logit_scale": ()}
             | {"text_model.embeddings.token_embedding.weight": (49408, 768)}
         ),
-        "CLIP with its eyes, without the rest",
+        "CLIP with its image encoder, without the rest",
     ),
     "safety checker": (
         lambda s: {"concept_embeds": (17, 768), "vision_model.vision_model.post.bias": (8,)},

@@ -13,8 +13,9 @@ from torch import Tensor
 
 from .files import Tensors, WeightsError, opened
 
-# How alike they must be: the mean of their tensors' correlations. Training of SD's kind, at a rate
-# of 1e-4, leaves its average of 10,000 steps by less; half of another model's weights by more.
+# How alike they must be, as the mean of their tensors' correlations. Weights of 0.025 that walk at
+# random by 1e-4 a step, as SD was trained, would keep 0.96 with their average over 10,000 steps;
+# half of an unrelated model keeps 0.71. Mixtures of near relatives are not told apart by this.
 ALIKE = 0.95
 
 

@@ -14,11 +14,11 @@ from typing import Any
 from .ema import takes_average
 from .files import Config, Source, Tensors, WeightsError, read_header, renamed, replace_all
 
-# Where a single file keeps its parts.
 LDM_UNET, LDM_EMA = "model.diffusion_model.", "model_ema."
 LDM_VAE, LDM_TEXT = "first_stage_model.", "cond_stage_model.transformer."
 LDM_TRAINING = ("first_stage_model.loss.", "first_stage_model.model_ema.")  # what it left behind
 
+# Names are recognised by regular expressions, the first that is found deciding.
 PARTS = {"UNet": LDM_UNET, "VAE": LDM_VAE, "text encoder": LDM_TEXT}
 OTHER_MODELS = {  # names in models that are no SD 1.x
     r"^conditioner\.embedders\.|^model\.diffusion_model\.label_emb\.": "Stable Diffusion XL",
@@ -33,17 +33,16 @@ ADDITIONS = {  # names in what is added to a model
     r"^(ip_adapter|image_proj)\.": "an IP-Adapter",
     r"(^|\.)(exp_avg|exp_avg_sq|momentum_buffer)(\.|$)": "an optimizer's state",
 }
-LONE = {  # names in what has at most one of PARTS, and that not by a single file's names
+LONE = {  # names in what has no UNet where a single file has it
     r"^model_ema\.diffusion_model": "the averaged weights (EMA) of a UNet, without its own",
     r"^unet\.(conv_in|down_blocks)\.": "a diffusers folder put into one file",
     r"^(down|up)_blocks\.|^mid_block\.": "the UNet of a diffusers folder, without the rest",
     r"^(diffusion_model\.)?(input|output)_blocks\.": "a UNet, without the rest",
     r"^(vae\.)?(encoder|decoder)\.conv_in\.|^first_stage_model\.": "a VAE, without the rest",
     r"^(concept|special_care)_embeds": "a safety checker",
-    r"(^|\.)(vision_model|visual)\.": "CLIP with its eyes, without the rest",
+    r"(^|\.)(vision_model|visual)\.": "CLIP with its image encoder, without the rest",
     r"(^|\.)token_embedding\.weight$": "a text encoder, without the rest",
 }
-
 INSIDE = r"^(.+?\.)(model\.diffusion_model|first_stage_model|cond_stage_model)\."
 EMBEDDINGS = ((768,), (1024,), (1280,))  # the widths of text encoders
 
@@ -155,7 +154,8 @@ def axes(tensors: Tensors, name: str, start: int = 0, step: int = 1) -> list[int
     return [axis(tensors, name) for name in names]
 
 
-def unet_config(file: Tensors) -> dict[str, Any]:
+def unet_config(file: Tensors, width: int) -> dict[str, Any]:
+    """width: of the text encoder, for a UNet that has lost its middle block."""
     resnet = LDM_UNET + "input_blocks.{}.0.out_layers.3.weight"
     to_k = LDM_UNET + "middle_block.1.transformer_blocks.0.attn2.to_k.weight"
     proj_in = LDM_UNET + "middle_block.1.proj_in.weight"
@@ -164,7 +164,7 @@ def unet_config(file: Tensors) -> dict[str, Any]:
         "in_channels": axis(file, LDM_UNET + "input_blocks.0.0.weight", 1),
         "layers_per_block": n,
         "block_out_channels": axes(file, resnet, 1, n + 1),
-        "cross_attention_dim": axis(file, to_k, 1),
+        "cross_attention_dim": axis(file, to_k, 1) or width,
         "use_linear_projection": proj_in in file and len(file[proj_in].shape) == 2,
         "time_cond_proj_dim": axis(file, LDM_UNET + "time_embed.cond_proj.weight", 1),
     }
@@ -197,17 +197,14 @@ def from_single_file(path: Path, ema: bool | None = None) -> Source:
     for key in [key for key in file if key.startswith(LDM_TRAINING)]:
         del file[key]
     clip = renamed(file, lambda key: key.replace(".text_model.", "."), LDM_TEXT)
+    text = text_config(clip)
     fields = {
-        "unet": unet_config(file),
+        "unet": unet_config(file, text["hidden_size"]),
         "vae": vae_config(file),
-        "text_encoder": text_config(clip),
+        "text_encoder": text,
         "scheduler": {"prediction_type": "v_prediction" if predicts_v(file, metadata) else None},
         "defaults": {},
     }
-    # Without middle block it has no such tensor: that is what must be said of it then.
-    fields["unet"]["cross_attention_dim"] = (
-        fields["unet"]["cross_attention_dim"] or fields["text_encoder"]["hidden_size"]
-    )
     # What the shapes do not tell is SD 1.x's default, so that a tensor that is not there is missed
     # when the modules are built.
     configs = {
