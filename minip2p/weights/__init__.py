@@ -69,8 +69,8 @@ def find(source: str, half: bool, ema: bool | None) -> Path:
         )
     if ema is not None and not (exists and path.is_file()):
         raise WeightsError(
-            f"{source} is a folder, which has one UNet: ema=True and ema=False (--ema, --no-ema) "
-            "choose between the two of a single file."
+            f"{source} is no single file: ema=True and ema=False (--ema, --no-ema) choose between "
+            "the two UNets that one may have."
         )
     return path if exists else from_hub(source, half)
 
