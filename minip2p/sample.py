@@ -78,6 +78,7 @@ class Result:
     attention: AttentionStore | None
     settings: dict[str, Any] = field(repr=False)  # what repeats the run
     edit: Edit | None = field(default=None, repr=False)  # as it was bound to the prompts
+    source: Inversion | None = field(default=None, repr=False)  # the picture that was given
 
 
 def generate(
@@ -160,7 +161,7 @@ def generate(
     if source is not None:
         settings |= {"scheduler": "ddim", "source": source.settings}
     # A clone outside of inference mode: a usual tensor.
-    return Result(images, x.clone(), kept, settings, bound)
+    return Result(images, x.clone(), kept, settings, bound, source)
 
 
 @torch.inference_mode()
