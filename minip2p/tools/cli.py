@@ -369,6 +369,7 @@ def find_source(model: StableDiffusion, args: argparse.Namespace) -> Inversion |
         progress=True,
     )
     if args.inversion:
+        args.inversion.parent.mkdir(parents=True, exist_ok=True)
         source.save(args.inversion)
         say(args.inversion)
     return source
