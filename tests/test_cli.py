@@ -730,7 +730,8 @@ ORDER = (  # each imports none that comes after it; what is read comes before wh
     *("check", "scheduler", "align", "attention", "unet", "vae", "text", "blend", "edit", "store"),
     *("weights.files", "weights.build", "weights.clip", "weights.folder", "weights.single_file"),
     *("weights.hub", "weights", "settings", "picture", "invert", "sample"),
-    *("tools.show", "tools.fast", "tools.table", "tools.page", "tools.cli", "__main__"),
+    *("tools.show", "tools.fast", "tools.table", "tools.page", "tools.given", "tools.cli"),
+    "__main__",
 )
 
 

@@ -1,6 +1,6 @@
 """The command line: python -m minip2p.sample.
 
-One line on standard output for each written file, one progress bar on standard error, exit status 2
+One line on standard output for each written file, progress bars on standard error, exit status 2
 and one sentence for a mistake of the user's. Files are written whole or not at all.
 """
 
@@ -26,14 +26,11 @@ from PIL.PngImagePlugin import PngInfo
 
 from ..align import DEFAULT, Window, Windows, swap_word, window
 from ..blend import LocalBlend
-from ..check import check
 from ..edit import PromptEdit, Reweight
-from ..invert import METHODS, Inversion, Replay, invert
-from ..picture import FITS, read
 from ..sample import Result, generate
-from ..settings import SCHEDULERS, make_scheduler
+from ..settings import SCHEDULERS
 from ..weights import StableDiffusion, load
-from . import fast, show
+from . import fast, given, show
 from .page import PageStore, page
 from .table import explain
 
@@ -42,7 +39,6 @@ NEED_AN_EDIT = (
     *("cross_replace_steps", "self_replace_steps", "blend"),
     *("baseline", "sweep", "explain"),
 )
-NEED_A_PICTURE = "fit", "method", "skip", "put_back"
 
 
 class Once(argparse.Action):
@@ -113,15 +109,7 @@ def make_parser() -> Parser:
     add("--self-replace-steps", metavar="WINDOW", help=windows)
     add("--baseline", action="store_true", help="show each edited prompt without control, too")
 
-    add = parser.add_argument_group("a given picture").add_argument
-    add("--image", metavar="FILE", help="edit this picture; the prompt says what it shows")
-    add("--fit", choices=FITS, help="how it is made the model's size; crop by default")
-    add("--inversion", type=Path, metavar="FILE", help="keep what is found out about the picture "
-        "in this .safetensors file, or use it if it is there")  # fmt: skip
-    add("--method", choices=METHODS, help="of finding it out; direct by default")
-    add("--skip", type=number(int, 0, 998), help="leave out so many of the first steps: less edit")
-    add("--put-back", action="store_true", help="also write each edit in its place in the whole "
-        "picture")  # fmt: skip
+    given.add_options(parser.add_argument_group("a given picture"), number)
 
     add = parser.add_argument_group("looking closer").add_argument
     add("--maps", action="store_true", help="show where each picture looks at each word")
@@ -217,19 +205,7 @@ class Job:
 
 def make_job(args: argparse.Namespace) -> Job:
     """The prompts and edits of a command line. Raises ValueError where they make no sense."""
-    given = args.image or args.inversion
-    if given:
-        check((args.prompt or "").strip(), "A given picture needs the prompt that says what it "
-              "shows: give it first, in quotes.")  # fmt: skip
-    check(args.image or not args.put_back, "--put-back needs the whole picture: add --image FILE.")
-    for option in ("scheduler", "eta"):
-        check(
-            not given or not getattr(args, option),
-            f"A given picture is inverted by DDIM without new noise: leave out --{option}.",
-        )
-    for option in NEED_A_PICTURE:
-        has_one = given or getattr(args, option) in (None, False)
-        check(has_one, f"--{option.replace('_', '-')} needs a given picture: add --image FILE.")
+    is_given = given.check_options(args)
     if (args.swap or args.to or args.reweight) and not (args.prompt or "").strip():
         raise ValueError("An edit needs the source prompt: give it first, in quotes.")
     if blank := [target for target in args.to if not target.strip()]:
@@ -247,11 +223,11 @@ def make_job(args: argparse.Namespace) -> Job:
                     f"--{option.replace('_', '-')} needs an edit: add --swap OLD=NEW, --to PROMPT "
                     "or --reweight WORD=2."
                 )
-        return Job([args.prompt], [], ["reconstruction" if given else "picture"], [args.prompt])
+        return Job([args.prompt], [], ["reconstruction" if is_given else "picture"], [args.prompt])
 
     # The prompts share each edit, which may name words of any of them.
     edits = [(Reweight(weights, e) if weights else e, label) for e, label in parse_edits(args)]
-    job = Job([args.prompt], [], ["reconstruction" if given else "source"], [args.prompt])
+    job = Job([args.prompt], [], ["reconstruction" if is_given else "source"], [args.prompt])
     for n, target in enumerate(targets, 1):
         if args.baseline:
             job.add(target, None, f"edit-{n}-baseline", "without control")
@@ -347,59 +323,6 @@ def check_out(folder: Path, option: str = "--out") -> None:
         raise ValueError(f"{option} {folder}: {there} is no folder that can be written to.")
 
 
-def find_source(model: StableDiffusion, args: argparse.Namespace) -> Inversion | None:
-    """The given picture, inverted now or before."""
-    if args.inversion and args.inversion.exists():
-        return kept_source(args)
-    if args.image is None:
-        check(not args.inversion, f"There is no {args.inversion}: add --image FILE to make it.")
-        return None
-    source = invert(
-        model,
-        args.image,
-        args.prompt,
-        num_inference_steps=args.steps,
-        method=args.method or METHODS[0],
-        guidance_scale=args.guidance if args.method == "edit-friendly" else None,
-        skip=args.skip or 0,
-        seed=args.seed,
-        height=args.height,
-        width=args.width,
-        fit=args.fit or FITS[0],
-        progress=True,
-    )
-    if args.inversion:
-        args.inversion.parent.mkdir(parents=True, exist_ok=True)
-        source.save(args.inversion)
-        say(args.inversion)
-    return source
-
-
-def kept_source(args: argparse.Namespace) -> Inversion:
-    """What --inversion kept. Raises ValueError where other options contradict it."""
-    kept, source = args.inversion, Inversion.load(args.inversion)
-    for option in ("method", "skip", "fit"):
-        own, asked = source.settings[option], getattr(args, option)
-        check(asked in (None, own), f"{kept} was made with --{option} {own}, not {asked}.")
-    if args.image is None:
-        return source
-    size = source.settings["height"], source.settings["width"]
-    picture = read(args.image, size, source.settings["fit"])
-    same = picture.image.tobytes() == source.picture.image.tobytes()
-    check(same, f"{kept} is of another picture than {args.image}: name another file.")
-    return replace(source, picture=picture)  # with the whole of it, to put edits back
-
-
-def plan(model: StableDiffusion, args: argparse.Namespace) -> dict[str, Any]:
-    """The steps and the scheduler that a run has, for --explain: nothing is inverted."""
-    if args.inversion and args.inversion.exists():
-        return {"scheduler": kept_source(args).start(model)[1]}
-    if args.image is None:
-        return {"num_inference_steps": args.steps, "scheduler": args.scheduler}
-    steps = len(make_scheduler(model, args.steps, "ddim").timesteps)
-    return {"scheduler": Replay(steps, args.skip or 0, **model.schedule)}
-
-
 def warn_unknown_words(model: StableDiffusion, prompts: Sequence[str]) -> None:
     """A model of a small world says which words it has never seen."""
     known = model.defaults.get("words")
@@ -471,10 +394,15 @@ def run(argv: Sequence[str] | None) -> None:
                 job.edits,
                 height=args.height,
                 width=args.width,
-                **plan(model, args),
+                **given.plan(model, args),
             )
         )
         return
+    source = given.find(model, args)
+    if source and args.inversion and not args.inversion.exists():
+        args.inversion.parent.mkdir(parents=True, exist_ok=True)
+        source.save(args.inversion)
+        say(args.inversion)
     result = generate(
         model,
         job.prompts,
@@ -485,7 +413,7 @@ def run(argv: Sequence[str] | None) -> None:
         seed=args.seed,
         height=args.height,
         width=args.width,
-        source=find_source(model, args),
+        source=source,
         scheduler=args.scheduler,
         eta=args.eta,
         store=PageStore() if args.html else args.maps,
