@@ -74,7 +74,8 @@ class Inversion:
             tensors["noises"] = self.noises
         for name, image in (("given", self.picture.image), ("reconstruction", self.reconstruction)):
             tensors[name] = torch.from_numpy(np.array(image))  # H W 3
-        about = {"format": FORMAT, "settings": json.dumps(self.settings)}
+        settings = json.dumps(self.settings, default=lambda number: number.item())  # numpy's
+        about = {"format": FORMAT, "settings": settings}
         try:
             with tempfile.TemporaryDirectory(dir=path.parent, prefix=f".{path.stem}-") as folder:
                 save_file(tensors, Path(folder) / path.name, about)

@@ -315,6 +315,15 @@ def test_save_and_load(model, name, request, tmp_path):
     assert torch.equal(out[0].latents, out[1].latents)
 
 
+def test_settings_in_numpys_numbers(model, bird, tmp_path):
+    numbers = {"num_inference_steps": np.int64(2), "seed": np.int32(5), "skip": np.uint8(1)}
+    numbers |= {"guidance_scale": np.float32(3), "method": "edit-friendly"}
+    invert(model, bird, BIRD, **numbers).save(tmp_path / "a.safetensors")
+    again = Inversion.load(tmp_path / "a.safetensors")
+    assert {name: again.settings[name] for name in numbers} == numbers
+    minip2p.generate(model, [BIRD, LION], source=again, num_inference_steps=np.int64(2))
+
+
 def test_no_half_of_a_file(found, tmp_path, monkeypatch):
     def full(*_):
         raise OSError(28, "No space left on device")

@@ -2,6 +2,7 @@
 
     python -m world.photos                    every way, the table of README.md: half an hour
     python -m world.photos --quick            four pictures, the two ways that one would choose
+    python -m world.photos --costs            seconds of inverting and editing, by method
 
 A "photograph" is a render of a scene that was never trained on. It is inverted, one noun of its
 caption is exchanged, and the result is compared with the input outside of the old and the new
@@ -18,6 +19,7 @@ Shapes:  h w pixels of a picture · 16 16 the detector's cells
 
 import argparse
 import math
+import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -37,7 +39,7 @@ from minip2p.invert import invert
 
 from .bench import STEPS, Bench, Facts, iou, written
 from .detector import covered, load
-from .scenes import Drawn, draw
+from .scenes import Drawn, Scene, draw
 
 
 @dataclass(frozen=True)
@@ -190,14 +192,51 @@ def psnr(a: Image.Image, b: Image.Image, where: Tensor | None = None) -> float:
     return float(-10 * torch.log10(error.mean().clamp(min=1e-6)))
 
 
+def costs(model: minip2p.StableDiffusion, rounds: int = 7) -> Facts:
+    """Seconds of wall clock, all ways in turn in each round, the first of which does not count."""
+    facts, image = Facts(), draw(Scene("bird", style="photo", layout=1)).image
+    prompts = ["a photo of a bird", "a photo of a lion"]
+    edit, steps = WordSwap(local_blend=LocalBlend("bird")), {"num_inference_steps": STEPS}
+    ways = {
+        "direct": {},
+        "direct, refined 3 times": {"refinements": 3},
+        "edit-friendly": friendly(3),
+        "DDIM": ddim(),
+        "generated": None,
+    }
+    for n in range(1 + rounds):
+        for name, how in ways.items():
+            source, before = None, time.perf_counter()
+            with counted(model) as rows:
+                if how is not None:
+                    source = invert(model, image, prompts[0], **steps, **how)
+                inverted, upward = time.perf_counter(), sum(rows)
+                asked = {} if source else steps
+                minip2p.generate(
+                    model, prompts, edit=edit, source=source, guidance_scale=3, **asked
+                )
+            done = time.perf_counter()
+            if n:
+                facts[name]["rows up"].append(float(upward))
+                facts[name]["seconds up"].append(inverted - before)
+                facts[name]["rows of an edit"].append(float(sum(rows) - upward))
+                facts[name]["seconds of an edit"].append(done - inverted)
+    return facts
+
+
 def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description="Edit given pictures, compare with the truth.")
     parser.add_argument("--model", default="emoji", help="what minip2p.load takes")
     parser.add_argument("--quick", action="store_true", help="few pictures, two ways")
+    parser.add_argument("--costs", action="store_true", help="seconds instead")
     parser.add_argument("--pictures", type=Path, metavar="FOLDER", help="what was judged, to see")
     given = parser.parse_args(arguments)
-    bench = Bench(minip2p.load(given.model), load(), given.quick, folder=given.pictures)
-    facts = measure(bench, CHOSEN if given.quick else WAYS)
+    model = minip2p.load(given.model)
+    if given.costs:
+        facts = costs(model)
+    else:
+        bench = Bench(model, load(), given.quick, folder=given.pictures)
+        facts = measure(bench, CHOSEN if given.quick else WAYS)
     print(written(facts.table()))
 
 
