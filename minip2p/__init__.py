@@ -9,6 +9,7 @@ from .align import Alignment  # noqa: E402
 from .attention import Edit, Site  # noqa: E402
 from .blend import LocalBlend  # noqa: E402
 from .edit import PromptEdit, Refine, Reweight, WordSwap  # noqa: E402
+from .invert import Inversion, invert  # noqa: E402
 from .sample import Result, denoise, generate  # noqa: E402
 from .scheduler import DDIM, PNDM  # noqa: E402
 from .store import AttentionStore, Chain  # noqa: E402
@@ -23,6 +24,7 @@ __all__ = [
     "AttentionStore",
     "Chain",
     "Edit",
+    "Inversion",
     "LocalBlend",
     "PromptEdit",
     "Refine",
@@ -36,6 +38,7 @@ __all__ = [
     "explain",
     "fast",
     "generate",
+    "invert",
     "load",
     "show",
 ]

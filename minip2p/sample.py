@@ -19,6 +19,7 @@ from tqdm import tqdm
 from . import text
 from .attention import Edit, Guided, Words, coarse_size
 from .edit import Edits
+from .invert import Inversion, check_source
 from .scheduler import DDIM
 from .settings import (
     bind_to,
@@ -78,6 +79,7 @@ class Result:
     attention: AttentionStore | None
     settings: dict[str, Any] = field(repr=False)  # what repeats the run
     edit: Edit | None = field(default=None, repr=False)  # as it was bound to the prompts
+    source: Inversion | None = field(default=None, repr=False)  # the picture that was given
 
 
 def generate(
@@ -92,6 +94,7 @@ def generate(
     height: int | None = None,
     width: int | None = None,
     latents: Tensor | None = None,
+    source: Inversion | None = None,
     scheduler: str | DDIM | None = None,
     eta: float = 0.0,
     store: bool | AttentionStore = False,
@@ -103,9 +106,11 @@ def generate(
     the same picture on every device, alone or in a batch. None takes what the model recommends,
     else SD's 50 steps, guidance 7.5, the model's own size and scheduler.
 
-    latents: the noise to start from instead, (1 or b, 4, h, w). height, width: of the pictures, in
-    pixels. scheduler: "ddim", "pndm", or an object with `timesteps` and `step`. eta: DDIM's share
-    of new noise in each step. store: True or an AttentionStore keeps attention maps.
+    latents: the noise to start from instead, (1 or b, 4, h, w). source: a given picture, inverted
+    with the first prompt, to be edited instead of a generated one; it has its own noise and steps.
+    height, width: of the pictures, in pixels. scheduler: "ddim", "pndm", or an object with
+    `timesteps` and `step`. eta: DDIM's share of new noise in each step. store: True or an
+    AttentionStore keeps attention maps.
     Raises ValueError, with what is possible, for a setting or an edit that does not fit.
     """
     prompts = list_of(prompts)
@@ -113,6 +118,11 @@ def generate(
     check_settings(negative_prompt, seed, guidance, store)
     if latents is not None:
         check_latents(latents, len(prompts))
+    if source is not None:
+        sizes = {"height": height, "width": width, "num_inference_steps": num_inference_steps}
+        check_source(source, model, prompts, latents=latents, scheduler=scheduler, eta=eta, **sizes)
+        latents, scheduler = source.start(model)
+        num_inference_steps = None  # the scheduler has them
 
     h, w = latent_size(model, height, width, latents)
     noise = torch.Generator().manual_seed(int(seed))
@@ -121,15 +131,18 @@ def generate(
     scheduler = make_scheduler(model, num_inference_steps, scheduler, eta, noise)
 
     tokens, bound = bind_to(model, prompts, edit, (h, w))
-    hook, kept = bound, AttentionStore() if store is True else store or None
+    kept = AttentionStore() if store is True else store or None
     if kept is not None:
         kept.begin(tokens, coarse_size(h, w, model.unet.levels), model.device)
-        order = [kept, bound] if kept.before_edit else [bound, kept]
-        hook = Chain(one for one in order if one is not None)
+    follow = None if source is None else source.follow()
+    order = [kept, bound] if kept is not None and kept.before_edit else [bound, kept]
+    hook = Chain(one for one in [follow, *order] if one is not None)
 
     words = text.encode(model.text_encoder, tokens)
     blank = text.encode(model.text_encoder, [text.tokenize(model.tokenizer, negative_prompt)])
-    steps = denoise(model.unet, scheduler, x, words, blank.expand_as(words), guidance, hook)
+    # What is put back after each step needs no guidance.
+    blank = blank.expand(len(prompts) - (follow is not None), -1, -1)
+    steps = denoise(model.unet, scheduler, x, words, blank, guidance, hook)
     for x in tqdm(steps, total=len(scheduler.timesteps), disable=not progress):  # noqa: B007
         pass
 
@@ -146,8 +159,10 @@ def generate(
         "height": h * model.vae.f,
         "width": w * model.vae.f,
     }
+    if source is not None:
+        settings |= {"scheduler": "ddim", "source": source.settings}
     # A clone outside of inference mode: a usual tensor. A copy, for the store may see more runs.
-    return Result(images, x.clone(), copy.copy(kept), settings, bound)
+    return Result(images, x.clone(), copy.copy(kept), settings, bound, source)
 
 
 @torch.inference_mode()

@@ -1,7 +1,8 @@
 """How a predicted noise turns one latent into the next, less noisy one.
 
-    timesteps           which noise levels to visit, noisiest first: one UNet call each
-    step(eps, t, x)     the latent at the next level
+    timesteps                   which noise levels to visit, noisiest first: one UNet call each
+    step(eps, t, x)             the latent at the next level
+    inverse_step(eps, t, x)     the latent at timestep t, from the one at the level after it
 
 ᾱ_t is the share of clean signal that is left at timestep t: x_t = √ᾱ_t · x_0 + √(1-ᾱ_t) · noise.
 The formulas keep diffusers' order of operations, so that float32 results are equal to the bit.
@@ -88,14 +89,30 @@ class DDIM:
 
     def step(self, eps: Tensor, t: int, x: Tensor) -> Tensor:
         """eps, x: b 4 h w, the predicted noise and the latent at timestep t → the next latent."""
+        x, sigma = self.mean_step(eps, t, x)
+        return x + sigma * self.noise(t, x) if self.eta > 0 else x
+
+    def mean_step(self, eps: Tensor, t: int, x: Tensor) -> tuple[Tensor, Tensor]:
+        """`step` without its new noise, and how much of it there will be: σ."""
         a_t, a_next = self.alpha_bar_pair(t)
         x_0 = (x - (1 - a_t) ** 0.5 * eps) / a_t**0.5
         # eq. 16: σ = η √((1-ᾱ_next)/(1-ᾱ_t)) √(1 - ᾱ_t/ᾱ_next)
         sigma = self.eta * (((1 - a_next) / (1 - a_t)) * (1 - a_t / a_next)) ** 0.5
-        x = a_next**0.5 * x_0 + (1 - a_next - sigma**2) ** 0.5 * eps
-        if self.eta > 0:
-            x = x + sigma * torch.randn(1, *x.shape[1:], generator=self.generator).to(x)
-        return x
+        return a_next**0.5 * x_0 + (1 - a_next - sigma**2) ** 0.5 * eps, sigma
+
+    def noise(self, t: int, x: Tensor) -> Tensor:
+        """1 4 h w, of unit variance: the new noise of the step from timestep t."""
+        return torch.randn(1, *x.shape[1:], generator=self.generator).to(x)
+
+    def inverse_step(self, eps: Tensor, t: int, x: Tensor) -> Tensor:
+        """x: b 4 h w, the latent at the level after timestep t → the latent at t.
+
+        `step` of eta 0 solved for its x. It asks for the noise predicted at t of what it returns;
+        `eps` predicted at t of `x` is near that (Dhariwal & Nichol 2021, appendix F).
+        """
+        a_t, a_next = self.alpha_bar_pair(t)
+        x_0 = (x - (1 - a_next) ** 0.5 * eps) / a_next**0.5
+        return a_t**0.5 * x_0 + (1 - a_t) ** 0.5 * eps
 
 
 class PNDM(DDIM):

@@ -730,8 +730,9 @@ ORDER = (  # each imports none that comes after it; what is read comes before wh
     *("check", "scheduler", "words", "align", "attention", "unet", "vae", "text"),
     *("mask", "blend", "edit", "saved", "store"),
     *("weights.files", "weights.build", "weights.clip", "weights.folder", "weights.single_file"),
-    *("weights.hub", "weights", "settings", "sample"),
-    *("tools.show", "tools.fast", "tools.table", "tools.page", "tools.cli", "__main__"),
+    *("weights.hub", "weights", "settings", "picture", "invert", "sample"),
+    *("tools.show", "tools.fast", "tools.table", "tools.page", "tools.given", "tools.cli"),
+    "__main__",
 )
 
 

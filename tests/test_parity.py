@@ -134,6 +134,32 @@ def test_ddim_is_equal_to_the_bit(steps, eta):
         assert torch.equal(x, y), t
 
 
+@pytest.mark.parametrize("steps", [1, 2, 3, 20, 30, 50, 999])
+def test_inverse_step_is_that_of_diffusers(steps):
+    """With SD's own offset and last alpha, which diffusers' inverse scheduler has to be told: its
+    defaults are timesteps 0, 20, ... 980 and a last alpha of 1."""
+    settings = {"clip_sample": False, "prediction_type": "epsilon", **SD_SCHEDULE}
+    theirs = diffusers.DDIMInverseScheduler(**settings)
+    theirs.set_timesteps(steps)
+    ours = minip2p.DDIM(steps)
+    assert ours.timesteps[::-1] == theirs.timesteps.tolist()
+    rng = torch.Generator().manual_seed(2)
+    x = y = torch.randn(1, 4, 8, 8, generator=rng)
+    for t in reversed(ours.timesteps):
+        e = torch.randn(1, 4, 8, 8, generator=rng)
+        x, y = theirs.step(e, t, x).prev_sample, ours.inverse_step(e, t, y)
+        assert error(y, x) < 1e-5, t
+
+
+@pytest.mark.parametrize("steps, offset", [(1, 1), (20, 0), (50, 1), (999, 1)])
+def test_inverse_step_undoes_the_step(steps, offset):
+    for scheduler in (minip2p.DDIM(steps, steps_offset=offset), minip2p.PNDM(steps)):
+        for t in scheduler.timesteps:
+            x, eps = torch.randn(2, 2, 4, 8, 8)
+            there = scheduler.inverse_step(eps, t, x)
+            assert error(minip2p.DDIM.step(scheduler, eps, t, there), x) < 1e-5, t
+
+
 @pytest.mark.parametrize("steps", [1, 2, 3, 4, 20, 30, 50, 999])
 def test_pndm_is_equal_to_the_bit(steps):
     theirs = diffusers.PNDMScheduler(skip_prk_steps=True, **SD_SCHEDULE)

@@ -10,6 +10,7 @@ sweep      the same for other windows of cross-attention, and of self-attention
 refine     a place or a colour added
 reweight   a place or an object silenced, or twice as loud
 maps       word maps on noised renders, whose things' places are known
+photos     renders inverted, edited, and compared with the true edit; more in photos.py
 
 What pictures show is judged by a detector (detector.py), never by eye: look at --pictures too.
 Intervals are 95 %: Wilson's for shares, the bootstrap over items for means.
@@ -51,6 +52,7 @@ ITEMS = {
     "refine": (700_000, 40, 8),
     "reweight": (800_000, 40, 8),
     "maps": (900_000, 200, 32),
+    "photos": (1_100_000, 24, 4),
 }
 STEPS = 20
 SWEEP = (  # windows of cross- and self-attention
@@ -100,7 +102,10 @@ def mean(values: Sequence[float], unit: str = "") -> Figure:
     return Figure(float(known.mean()), float(low), float(high), len(known), unit)
 
 
-UNITS = {"PSNR": "dB", "gain": "dB", "chance": "%"}  # of numbers that have one
+UNITS = {  # of numbers that have one
+    **{"PSNR": "dB", "gain": "dB", "chance": "%"},
+    **dict.fromkeys(("row 0", "background", "to truth", "in the thing"), "dB"),
+}
 
 
 class Facts(defaultdict[str, defaultdict[str, list]]):
@@ -437,6 +442,11 @@ class Bench:
                 rows.append(row)
         self.save("maps", rows)
         return facts
+
+    def photos(self) -> Facts:
+        from .photos import measure
+
+        return measure(self)
 
     @torch.inference_mode()
     def look(self, scenes: Sequence[Scene], images: Sequence[Image.Image]) -> AttentionStore:

@@ -1,6 +1,6 @@
 """The command line: python -m minip2p.sample.
 
-One line on standard output for each written file, one progress bar on standard error, exit status 2
+One line on standard output for each written file, progress bars on standard error, exit status 2
 and one sentence for a mistake of the user's. Files are written whole or not at all.
 """
 
@@ -31,7 +31,7 @@ from ..sample import Result, generate
 from ..settings import SCHEDULERS
 from ..weights import StableDiffusion, load
 from ..words import swap_word
-from . import fast, show
+from . import fast, given, show
 from .page import PageStore, page
 from .table import explain
 
@@ -109,6 +109,8 @@ def make_parser() -> Parser:
         help=f"{windows}; or of one word, lion=0.4")  # fmt: skip
     add("--self-replace-steps", metavar="WINDOW", help=windows)
     add("--baseline", action="store_true", help="show each edited prompt without control, too")
+
+    given.add_options(parser.add_argument_group("a given picture"), number)
 
     add = parser.add_argument_group("looking closer").add_argument
     add("--maps", action="store_true", help="show where each picture looks at each word")
@@ -204,6 +206,7 @@ class Job:
 
 def make_job(args: argparse.Namespace) -> Job:
     """The prompts and edits of a command line. Raises ValueError where they make no sense."""
+    is_given = given.check_options(args)
     if (args.swap or args.to or args.reweight) and not (args.prompt or "").strip():
         raise ValueError("An edit needs the source prompt: give it first, in quotes.")
     if blank := [target for target in args.to if not target.strip()]:
@@ -221,11 +224,11 @@ def make_job(args: argparse.Namespace) -> Job:
                     f"--{option.replace('_', '-')} needs an edit: add --swap OLD=NEW, --to PROMPT "
                     "or --reweight WORD=2."
                 )
-        return Job([args.prompt], [], ["picture"], [args.prompt])
+        return Job([args.prompt], [], ["reconstruction" if is_given else "picture"], [args.prompt])
 
     # The prompts share each edit, which may name words of any of them.
     edits = [(Reweight(weights, e) if weights else e, label) for e, label in parse_edits(args)]
-    job = Job([args.prompt], [], ["source"], [args.prompt])
+    job = Job([args.prompt], [], ["reconstruction" if is_given else "source"], [args.prompt])
     for n, target in enumerate(targets, 1):
         if args.baseline:
             job.add(target, None, f"edit-{n}-baseline", "without control")
@@ -288,6 +291,11 @@ def write_whole(path: Path, fill: Callable[[BinaryIO], object]) -> None:
             raise
     except OSError as error:  # not all of them say which file
         raise ValueError(f"{path} can't be written: {error.strerror or error}.") from error
+    say(path)
+
+
+def say(path: Path) -> None:
+    """A written file, on standard output."""
     try:
         print(path, flush=True)
     except BrokenPipeError:  # | head -1: the reader has seen enough, the pictures are still wanted
@@ -333,18 +341,24 @@ def write(result: Result, job: Job, args: argparse.Namespace) -> None:
     """Every picture, with --maps its word maps, all pictures side by side, and --html's page."""
     settings = {"model": args.model, "dtype": args.dtype} | result.settings
     for i, (image, name) in enumerate(zip(result.images, job.names, strict=True)):
-        own = {"prompt": job.prompts[i], "edit": repr(job.edits[i - 1]) if i else "None"}
-        save(image, args.out / f"{name}.png", settings | own)
+        own = settings | {"prompt": job.prompts[i], "edit": repr(job.edits[i - 1]) if i else "None"}
+        save(image, args.out / f"{name}.png", own)
         if args.maps and result.attention:
-            maps = show.word_maps(image, result.attention, i)
-            save(maps, args.out / f"{name}-maps.png", settings | own)
-    if len(result.images) > 1:
+            save(show.word_maps(image, result.attention, i), args.out / f"{name}-maps.png", own)
+        if args.put_back and result.source and i:
+            whole = result.source.picture.put_back(image)
+            save(whole, args.out / f"{name}-put-back.png", own)
+    images, captions, first = result.images, job.captions, 1
+    if result.source:
+        images, first = [result.source.picture.image, *images], 2
+        captions = ["given", f"{captions[0]} (reconstruction)", *captions[1:]]
+    if len(images) > 1:
         # One row; with --sweep, one for each edited prompt.
-        columns = args.sweep.count(",") + 1 + args.baseline if args.sweep else len(result.images)
-        starts = range(1, len(result.images), columns)
-        rows = [result.images[:1] + result.images[i : i + columns] for i in starts]
-        captions = [job.captions[:1] + job.captions[i : i + columns] for i in starts]
-        save(show.grid(rows, captions), args.out / "row.png", settings)
+        columns = args.sweep.count(",") + 1 + args.baseline if args.sweep else len(images)
+        starts = range(first, max(len(images), first + 1), columns)
+        rows = [images[:first] + images[i : i + columns] for i in starts]
+        texts = [captions[:first] + captions[i : i + columns] for i in starts]
+        save(show.grid(rows, texts), args.out / "row.png", settings)
     if args.html:
         text = page(replace(result, settings=settings), result.edit, job.names)
         write_whole(args.html, lambda file: file.write(text.encode()))
@@ -359,6 +373,8 @@ def run(argv: Sequence[str] | None) -> None:
         )
     job = make_job(args)
     check_out(args.out)
+    if args.inversion:
+        check_out(args.inversion.parent, "--inversion")
     if args.html:
         check_out(args.html.parent, "--html")
         if args.html.is_dir():
@@ -377,13 +393,17 @@ def run(argv: Sequence[str] | None) -> None:
                 model,
                 job.prompts,
                 job.edits,
-                num_inference_steps=args.steps,
-                scheduler=args.scheduler,
                 height=args.height,
                 width=args.width,
+                **given.plan(model, args),
             )
         )
         return
+    source = given.find(model, args)
+    if source and args.inversion and not args.inversion.exists():
+        args.inversion.parent.mkdir(parents=True, exist_ok=True)
+        source.save(args.inversion)
+        say(args.inversion)
     result = generate(
         model,
         job.prompts,
@@ -394,6 +414,7 @@ def run(argv: Sequence[str] | None) -> None:
         seed=args.seed,
         height=args.height,
         width=args.width,
+        source=source,
         scheduler=args.scheduler,
         eta=args.eta,
         store=PageStore() if args.html else args.maps,

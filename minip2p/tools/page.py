@@ -80,7 +80,8 @@ def page(result: Result, edit: Edit | None = None, names: Sequence[str] = ()) ->
         "title": escape(f"minip2p · {store.prompts[0].text}"),
         "calls": str(store.calls),
         "gradient": ", ".join(f"rgb({r:.0f} {g:.0f} {b:.0f})" for r, g, b in COLOURS.tolist()),
-        "figures": "\n".join(
+        "figures": _given(result)
+        + "\n".join(
             _figure(r, name, image, prompt, of_prompt)
             for r, (name, image, prompt, of_prompt) in enumerate(
                 zip(names, result.images, store.prompts, words, strict=True)
@@ -191,6 +192,20 @@ def _figure(r: int, name: str, image: Image.Image, prompt: Prompt, words: Sequen
 <p class="state"></p>
 </figcaption>
 </figure>"""
+
+
+def _given(result: Result) -> str:
+    """The picture that was given, as it is; without one, nothing."""
+    if result.source is None:
+        return ""
+    image = result.source.picture.image
+    return f"""<figure>
+<div class="picture">
+<img src="{_data_uri(image)}" width="{image.width}" height="{image.height}" alt="the given picture">
+</div>
+<figcaption><p class="role">Given</p></figcaption>
+</figure>
+"""
 
 
 def _data_uri(image: Image.Image) -> str:

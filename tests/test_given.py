@@ -1,0 +1,171 @@
+"""The command line on a given picture: --image and what belongs to it."""
+
+# ruff: noqa: F811
+
+import json
+import os
+from pathlib import Path
+
+import pytest
+from PIL import Image
+from test_cli import Run, contents, emoji, run, wrote  # noqa: F401
+
+from minip2p import Inversion
+from minip2p.tools import cli, show
+from world.scenes import Scene, draw
+
+BIRD = "a photo of a bird"
+SWAP = "--swap", "bird=lion"
+STEPS = "--steps", "3"
+
+
+@pytest.fixture
+def bird(tmp_path: Path) -> str:
+    """A wide photograph with a place in it, 160 x 120."""
+    exif = Image.Exif()
+    exif.get_ifd(0x8825)[2] = (52.0, 31.0, 12.0)  # GPS latitude
+    exif[0x010E] = "SECRET"
+    image = draw(Scene("bird", style="photo", layout=7)).image.resize((160, 120))
+    image.save(tmp_path / "bird.jpg", exif=exif, comment=b"SECRET", quality=95)
+    return "bird.jpg"
+
+
+def texts(path: str) -> dict[str, str]:
+    with Image.open(path) as image:
+        return dict(image.text)
+
+
+def test_a_swap_in_a_photograph(run: Run, bird: str, monkeypatch):
+    rows, grid = [], show.grid
+    monkeypatch.setattr(cli.show, "grid", lambda *row: rows.append(row) or grid(*row))
+    wrote(run(BIRD, "--image", bird, *SWAP, "--blend", "bird", *STEPS), "reconstruction edit-1 row")
+    (((given, again, edit),), (captions,)) = rows[0]
+    assert captions == ["given", f"{BIRD} (reconstruction)", "a photo of a lion"]
+    with Image.open(bird) as photo:  # the middle of it
+        middle = photo.crop((20, 0, 140, 120)).resize(given.size, Image.Resampling.LANCZOS)
+    assert given.tobytes() == middle.tobytes()
+    assert again.tobytes() != given.tobytes() and edit.tobytes() != again.tobytes()
+    settings = texts("out/edit-1.png")
+    assert json.loads(settings["source"])["method"] == "direct"
+    assert settings["prompt"] == "a photo of a lion" and settings["scheduler"] == "ddim"
+
+
+def test_nothing_of_its_metadata_is_written(run: Run, bird: str):
+    options = "--put-back", "--html", "out.html", "--inversion", "kept.safetensors", "--maps"
+    assert run(BIRD, "--image", bird, *SWAP, *STEPS, *options).status == 0
+    files = contents(Path())
+    assert b"SECRET" in files.pop("bird.jpg") and len(files) >= 7
+    for name, content in files.items():
+        assert not content or (b"SECRET" not in content and b"Exif" not in content), name
+        assert not content or b"bird.jpg" not in content, name
+
+
+def test_edits_are_put_back_into_the_whole(run: Run, bird: str):
+    done = run(BIRD, "--image", bird, *SWAP, *STEPS, "--put-back")
+    wrote(done, "reconstruction edit-1 edit-1-put-back row")
+    with Image.open("out/edit-1-put-back.png") as back, Image.open(bird) as whole:
+        assert back.size == whole.size == (160, 120)
+        assert back.crop((0, 0, 20, 120)).tobytes() == whole.crop((0, 0, 20, 120)).tobytes()
+        assert back.tobytes() != whole.tobytes()
+
+
+@pytest.mark.parametrize("fit, side", [("crop", False), ("pad", True), ("stretch", False)])
+def test_fit(run: Run, bird: str, fit: str, side: bool):
+    assert run(BIRD, "--image", bird, "--fit", fit, *STEPS, "--inversion", "a").status == 0
+    given = Inversion.load("a").picture.image
+    assert (given.getpixel((30, 0)) == (255, 255, 255)) is side
+
+
+@pytest.mark.parametrize(
+    "options", [[], ["--method", "edit-friendly", "--skip", "1", "--guidance", "3"]]
+)
+def test_an_inversion_is_kept_and_used(run: Run, bird: str, options: list[str]):
+    command = [BIRD, *SWAP, "--inversion", "kept/bird.safetensors", *options]
+    first = run(*command, "--image", bird, *STEPS)
+    assert first.status == 0 and first.out.splitlines()[0] == "kept/bird.safetensors"
+    before, kept = contents(Path("out")), contents(Path("kept"))
+    assert list(kept) == ["bird.safetensors"]
+    os.rename("out", "before")
+    again = run(*command)
+    assert again.status == 0 and contents(Path("out")) == before and contents(Path("kept")) == kept
+    assert "kept" not in again.out  # it was not written again
+    with_picture = run(*command, "--image", bird, "--put-back", "--out", "third")
+    assert with_picture.status == 0
+    with Image.open("third/edit-1-put-back.png") as back:
+        assert back.size == (160, 120)
+
+
+def test_without_an_edit(run: Run, bird: str):
+    wrote(run(BIRD, "--image", bird, *STEPS), "reconstruction row")
+
+
+def test_a_sweep(run: Run, bird: str):
+    done = run(BIRD, "--image", bird, *SWAP, *STEPS, "--sweep", "cross=0.2,0.8", "--baseline")
+    wrote(done, "reconstruction edit-1-baseline edit-1-cross-0.2 edit-1-cross-0.8 row")
+
+
+def test_the_page_shows_it(run: Run, bird: str):
+    assert run(BIRD, "--image", bird, *SWAP, *STEPS, "--html", "a.html").status == 0
+    text = Path("a.html").read_text()
+    assert text.count("<figure") == 3 and text.count('<figure id="picture-') == 2
+    assert text.index("the given picture") < text.index(f"reconstruction: {BIRD}")
+    assert run(BIRD, *SWAP, *STEPS, "--html", "a.html", "--seed", "1").status == 0
+    assert "the given picture" not in Path("a.html").read_text()
+
+
+def test_explain_counts_the_calls_that_there_will_be(run: Run, bird: str):
+    said = run(BIRD, "--image", bird, *SWAP, "--steps", "20", "--skip", "7", "--explain")
+    assert said.status == 0 and "of 13" in said.out and "of 20" not in said.out
+    assert os.listdir() == [bird]
+    assert run(BIRD, "--image", bird, "--steps", "4", "--skip", "1", "--inversion", "a").status == 0
+    said = run(BIRD, "--inversion", "a", *SWAP, "--explain")
+    assert said.status == 0 and "of 3" in said.out
+
+
+MISTAKES = {
+    "no prompt": (["--image", "bird.jpg"], "give it first, in quotes"),
+    "missing": ([BIRD, "--image", "no.png"], "no.png can't be read: No such file"),
+    "folder": ([BIRD, "--image", "."], "is a folder"),
+    "no picture": ([BIRD, "--image", "words.png"], "words.png is no picture"),
+    "empty": ([BIRD, "--image", "empty.png"], "empty.png is empty"),
+    "animated": ([BIRD, "--image", "moving.gif"], "moving.gif has 2 frames"),
+    "fit alone": ([BIRD, "--fit", "pad"], "--fit needs a given picture: add --image"),
+    "method alone": ([BIRD, "--method", "ddim"], "--method needs a given picture"),
+    "skip alone": ([BIRD, "--skip", "3"], "--skip needs a given picture"),
+    "put-back alone": ([BIRD, "--put-back"], "--put-back needs the whole picture"),
+    "other fit": ([BIRD, "--image", "bird.jpg", "--fit", "cover"], "crop", "cover"),
+    "other method": ([BIRD, "--image", "bird.jpg", "--method", "null-text"], "direct", "null-text"),
+    "long skip": ([BIRD, "--image", "bird.jpg", *STEPS, "--skip", "3"], "0 to 2, not 3"),
+    "no skip": ([BIRD, "--image", "bird.jpg", "--skip", "-1"], "0 to 998"),
+    "scheduler": ([BIRD, "--image", "bird.jpg", "--scheduler", "pndm"], "leave out --scheduler"),
+    "eta": ([BIRD, "--image", "bird.jpg", "--eta", "1"], "leave out --eta"),
+    "size": ([BIRD, "--image", "bird.jpg", "--height", "63"], "multiple of"),
+    "no inversion": ([BIRD, "--inversion", "no.safetensors"], "There is no no.safetensors"),
+    "no such kind": ([BIRD, "--inversion", "words.png"], "words.png can't be read"),
+    "other prompt": (["a photo of a cat", "--inversion", "kept"], "a photo of a bird"),
+    "other steps": ([BIRD, "--inversion", "kept", "--steps", "9"], "num_inference_steps 3"),
+    "kept otherwise": ([BIRD, "--inversion", "kept", "--method", "ddim"], "--method direct"),
+    "skipped less": ([BIRD, "--inversion", "kept", "--skip", "2"], "--skip 0, not 2"),
+    "other picture": ([BIRD, "--inversion", "kept", "--image", "cat.png"], "another picture"),
+    "put back what": ([BIRD, "--inversion", "kept", "--put-back"], "add --image FILE"),
+    "nowhere": ([BIRD, "--image", "bird.jpg", "--inversion", "words.png/a"], "--inversion"),
+    "twice": ([BIRD, "--image", "bird.jpg", "--image", "bird.jpg"], "only once"),
+}
+
+
+@pytest.mark.parametrize("name", MISTAKES)
+def test_mistakes(run: Run, bird: str, emoji, tmp_path_factory, name: str):
+    command, *says = MISTAKES[name]
+    Path("words.png").write_text("a photo of a bird")
+    Path("empty.png").write_bytes(b"")
+    draw(Scene("cat", layout=1)).image.save("cat.png")
+    frames = {"save_all": True, "append_images": [Image.new("RGB", (9, 9))]}
+    Image.new("RGB", (9, 9), "red").save("moving.gif", **frames)
+    if "kept" in command:
+        assert run(BIRD, "--image", bird, "--inversion", "kept", *STEPS, "--out", "o").status == 0
+    before = contents(Path())
+    done = run(*command)
+    assert done.status == 2 and done.out == "" and len(done.said) == 1, done
+    for part in says:
+        assert part in done.said[0]
+    assert contents(Path()) == before

@@ -1,0 +1,377 @@
+"""Any picture becomes the pixels of a model, and what is none is refused in one sentence."""
+
+import io
+import struct
+import warnings
+import zlib
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from minip2p import picture
+
+SIZE = 64, 64
+
+
+@pytest.fixture(autouse=True)
+def no_warnings():
+    """No library's warning reaches a user, whatever the picture."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        yield
+
+
+def scene(w: int = 96, h: int = 64) -> Image.Image:
+    """Smooth, all different: red grows to the right, green downwards; a blue corner top left."""
+    x, y = np.meshgrid(np.linspace(40, 215, w), np.linspace(40, 215, h))
+    pixels = np.stack([x, y, np.full((h, w), 60.0)], axis=-1)
+    pixels[: h // 4, : w // 4, 2] = 220
+    return Image.fromarray(pixels.round().astype(np.uint8))
+
+
+def difference(a: Image.Image, b: Image.Image) -> float:
+    """The largest difference of two pictures' numbers."""
+    return float(differences(a, b).max())
+
+
+def differences(a: Image.Image, b: Image.Image) -> np.ndarray:
+    assert a.size == b.size and a.mode == b.mode == "RGB"
+    return np.abs(np.asarray(a).astype(int) - np.asarray(b))
+
+
+# ---- Every kind ----------------------------------------------------------------------------------
+
+
+def as_mode(image: Image.Image, mode: str) -> Image.Image:
+    if mode == "LA":
+        return image.convert("L").convert("LA")
+    if mode == "PA":
+        return image.convert("RGB").convert("P").convert("PA")
+    if mode in ("La", "RGBa"):
+        return as_mode(image, mode.upper()).convert(mode)
+    return image.convert(mode)
+
+
+@pytest.mark.parametrize(
+    "mode, limit",
+    {
+        "RGB": 0, "RGBA": 0, "RGBX": 0, "RGBa": 0, "CMYK": 1, "YCbCr": 3, "HSV": 6,
+        "P": 55, "PA": 55,  # a web palette has six levels of each colour
+    }.items(),
+)  # fmt: skip
+def test_modes_in_colour(mode, limit):
+    image = scene()
+    assert difference(picture.whole_picture(as_mode(image, mode)), image) <= limit
+
+
+@pytest.mark.parametrize("mode", ["L", "LA", "La"])
+def test_modes_in_grey(mode):
+    grey = scene().convert("L")
+    assert difference(picture.whole_picture(as_mode(grey, mode)), grey.convert("RGB")) == 0
+
+
+def test_black_and_white():
+    image = picture.whole_picture(scene().convert("1"))
+    assert {colour for _, colour in image.getcolors()} == {(0, 0, 0), (255, 255, 255)}
+
+
+def deep() -> tuple[np.ndarray, Image.Image]:
+    """16-bit numbers, and the grey picture that they are; cut off at 255 they would be white."""
+    grey = np.asarray(scene().convert("L"))
+    return grey.astype(np.uint16) * 257, Image.fromarray(grey).convert("RGB")
+
+
+@pytest.mark.parametrize("suffix", ["png", "tiff"])
+def test_sixteen_bits_from_files(suffix, tmp_path):
+    values, grey = deep()
+    file = tmp_path / f"deep.{suffix}"
+    Image.fromarray(values).save(file)
+    assert difference(picture.whole_picture(file), grey) == 0
+
+
+def test_other_numbers_of_pil():
+    values, grey = deep()
+    for dtype in ("int32", "float32"):
+        array = values.astype(dtype) if dtype == "int32" else (values / 257).astype(dtype)
+        assert difference(picture.whole_picture(Image.fromarray(array)), grey) == 0, dtype
+    unit = Image.fromarray((values / 65535).astype("float32"))
+    assert difference(picture.whole_picture(unit), grey) == 0
+    big_endian = Image.frombytes("I;16B", grey.size, values.astype(">u2").tobytes())
+    assert difference(picture.whole_picture(big_endian), grey) == 0
+
+
+def test_transparency_is_white_paper():
+    rgba = scene().convert("RGBA")
+    rgba.putalpha(Image.linear_gradient("L").resize(rgba.size))
+    alpha = np.asarray(rgba.getchannel("A"))[..., None] / 255
+    by_hand = np.asarray(scene()) * alpha + 255 * (1 - alpha)
+    ours = np.asarray(picture.whole_picture(rgba))
+    assert np.abs(ours - by_hand).max() <= 1
+    assert (ours[0] >= 253).all()
+
+
+def test_transparency_of_a_palette_and_of_a_colour(tmp_path):
+    palette = Image.new("P", (8, 8), 1)
+    palette.putpalette([0, 0, 0, 200, 30, 30])
+    palette.paste(0, (0, 0, 4, 8))
+    half = bytes([0, 128])  # the first colour is transparent, the second half so
+    for info, left, right in ((0, 255, 30), (half, 255, 142)):
+        palette.save(tmp_path / "p.png", transparency=info)
+        seen = picture.whole_picture(tmp_path / "p.png")
+        assert seen.getpixel((1, 1))[1] == left and abs(seen.getpixel((6, 1))[1] - right) <= 1
+    red = Image.new("RGB", (8, 8), (255, 0, 0))
+    red.save(tmp_path / "rgb.png", transparency=(255, 0, 0))
+    assert picture.whole_picture(tmp_path / "rgb.png").getpixel((3, 3)) == (255, 255, 255)
+
+
+@pytest.mark.parametrize("orientation", range(1, 9))
+def test_exif_rotation(orientation, tmp_path):
+    """However a camera was held, the blue corner comes out where the photographer saw it."""
+    image = scene()
+    undo = {
+        2: Image.Transpose.FLIP_LEFT_RIGHT, 3: Image.Transpose.ROTATE_180,
+        4: Image.Transpose.FLIP_TOP_BOTTOM, 5: Image.Transpose.TRANSPOSE,
+        6: Image.Transpose.ROTATE_90, 7: Image.Transpose.TRANSVERSE,
+        8: Image.Transpose.ROTATE_270,
+    }  # fmt: skip
+    stored = image.transpose(undo[orientation]) if orientation > 1 else image
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    stored.save(tmp_path / "held.png", exif=exif)
+    assert difference(picture.whole_picture(tmp_path / "held.png"), image) == 0
+    stored.save(tmp_path / "held.jpg", exif=exif, quality=95)
+    assert differences(picture.whole_picture(str(tmp_path / "held.jpg")), image).mean() < 3
+
+
+def test_nothing_but_pixels_is_kept(tmp_path):
+    """Of a photograph with a place, a text, a colour profile and a thumbnail's worth of bytes."""
+    exif = Image.Exif()
+    exif.get_ifd(0x8825)[2] = (52.0, 31.0, 12.0)  # GPS latitude
+    exif[0x010E] = "SECRET"
+    scene().save(tmp_path / "a.jpg", exif=exif, comment=b"SECRET", icc_profile=b"SECRET" * 9)
+    assert b"SECRET" in (tmp_path / "a.jpg").read_bytes()
+    with Image.open(tmp_path / "a.jpg") as opened:
+        assert opened.getexif().get_ifd(0x8825)
+        both = picture.read(tmp_path / "a.jpg", SIZE), picture.read(opened, SIZE)
+    for seen in both:
+        for image in (seen.image, seen.whole, seen.put_back(seen.image)):
+            assert not image.info and not image.getexif()
+            for suffix in ("PNG", "JPEG", "WEBP"):
+                file = io.BytesIO()
+                image.save(file, suffix)
+                assert b"SECRET" not in file.getvalue() and b"GPS" not in file.getvalue()
+
+
+def test_a_cameras_jpeg_with_a_preview(tmp_path):
+    scene().save(tmp_path / "a.mpo", save_all=True, append_images=[Image.new("RGB", (9, 9))])
+    with Image.open(tmp_path / "a.mpo") as opened:
+        assert opened.n_frames == 2
+    assert differences(picture.whole_picture(tmp_path / "a.mpo"), scene()).mean() < 3
+
+
+def test_large_pictures_and_odd_metadata_are_quiet(tmp_path):
+    """A photograph of 100 million pixels is no bomb; nonsense in EXIF is no damage."""
+    Image.new("L", (10_000, 10_000), 128).save(tmp_path / "large.png")
+    assert picture.read(tmp_path / "large.png", SIZE).image.getpixel((5, 5)) == (128, 128, 128)
+    scene().save(
+        tmp_path / "odd.jpg", exif=b"Exif\0\0" + b"II*\0\xff\xff\xff\x7f" + b"\x12\x01" * 9
+    )
+    assert picture.read(tmp_path / "odd.jpg", SIZE)
+
+
+def test_arrays_and_tensors():
+    image = scene()
+    bytes_ = np.asarray(image)
+    floats = (bytes_ / 255).astype("float32")
+    tensor = torch.from_numpy(bytes_.copy()).permute(2, 0, 1)
+    for same in (
+        *(bytes_, bytes_.astype(np.int64), bytes_.astype(np.uint16) * 257, floats),
+        *(floats.astype("float64"), floats.astype("float16"), bytes_[::-1][::-1]),
+        *(tensor, tensor[None], tensor / 255, (tensor / 255).half(), (tensor / 255).double()),
+        *((tensor / 255).requires_grad_(), np.dstack([bytes_, np.full(bytes_.shape[:2], 255)])),
+    ):
+        assert difference(picture.whole_picture(same), image) == 0
+    grey = bytes_[..., 0]
+    for same in (grey, grey[..., None], torch.tensor(grey), torch.tensor(grey)[None]):
+        assert difference(picture.whole_picture(same), Image.fromarray(grey).convert("RGB")) == 0
+    assert set(picture.whole_picture(grey > 100).convert("L").tobytes()) == {0, 255}
+
+
+# ---- Sizes ---------------------------------------------------------------------------------------
+
+
+def test_crop_keeps_the_middle():
+    seen = picture.read(scene(96, 64), SIZE)
+    assert difference(seen.image, scene(96, 64).crop((16, 0, 80, 64))) == 0
+    assert seen.box == (16, 0, 80, 64) and seen.inner == (0, 0, 64, 64)
+
+
+def test_pad_keeps_everything():
+    seen = picture.read(scene(128, 64), SIZE, "pad")
+    pixels = np.asarray(seen.image)
+    assert (pixels[:16] == 255).all() and (pixels[48:] == 255).all() and (pixels[16:48] < 225).all()
+    assert seen.inner == (0, 16, 64, 48) and seen.box == (0, 0, 128, 64)
+
+
+def test_stretch():
+    seen = picture.read(scene(128, 64), SIZE, "stretch")
+    assert seen.image.getpixel((0, 0))[2] > 200 and seen.image.getpixel((63, 63))[0] > 210
+
+
+@pytest.mark.parametrize("size", [(64, 64), (48, 96), (96, 48)])
+@pytest.mark.parametrize("w, h", [(96, 64), (33, 97), (640, 480), (64, 64), (20, 30)])
+@pytest.mark.parametrize("fit", picture.FITS)
+def test_put_back(fit, w, h, size):
+    """An edit that changed nothing gives the picture again, but for the smoothing of resizing; one
+    that painted everything paints what was seen, and not a pixel beside it."""
+    whole = scene(w, h)
+    seen = picture.read(whole, size, fit)
+    assert seen.image.size == size[::-1]
+    same = np.asarray(seen.put_back(seen.image)).astype(int) - np.asarray(whole)
+    assert np.abs(same).mean() < 5
+    black = np.asarray(seen.put_back(Image.new("RGB", seen.image.size)))
+    left, top, right, bottom = seen.box
+    assert (black[top:bottom, left:right] == 0).all()
+    outside = np.ones((h, w), bool)
+    outside[top:bottom, left:right] = False
+    assert (black[outside] == np.asarray(whole)[outside]).all()
+    assert fit == "crop" or not outside.any()
+
+
+@pytest.mark.parametrize("w, h", [(1, 1), (1, 5000), (5000, 1), (3, 2)])
+@pytest.mark.parametrize("fit", picture.FITS)
+def test_extreme_shapes(fit, w, h):
+    seen = picture.read(Image.new("RGB", (w, h), (9, 99, 199)), SIZE, fit)
+    assert (9, 99, 199) in {colour for _, colour in seen.image.getcolors()}
+    assert seen.put_back(seen.image).getpixel((0, 0)) == (9, 99, 199)
+
+
+def test_tensor():
+    tensor = picture.read(scene(), SIZE).tensor()
+    assert tensor.shape == (1, 3, 64, 64) and tensor.dtype == torch.float32
+    assert tensor[0, 2, 0, 0] == pytest.approx(220 / 127.5 - 1) and tensor.abs().max() <= 1
+
+
+# ---- Mistakes ------------------------------------------------------------------------------------
+
+MISTAKES = []
+
+
+def bad(name: str, make, *says: str) -> None:
+    """make: what is given, or a function of a folder that makes it there"""
+    MISTAKES.append(pytest.param(make, says, id=name))
+
+
+def bad_file(name: str, content: bytes, *says: str) -> None:
+    def make(folder: Path) -> Path:
+        (folder / name).write_bytes(content)
+        return folder / name
+
+    bad(name, make, name, *says)
+
+
+def saved(kind: str, image: Image.Image | None = None, **settings) -> bytes:
+    file = io.BytesIO()
+    (image or scene(300, 200)).save(file, kind, **settings)
+    return file.getvalue()
+
+
+def short(kind: str) -> bytes:
+    whole = saved(kind)
+    return whole[: len(whole) * 2 // 3]
+
+
+def bomb(w: int, h: int) -> bytes:
+    """A PNG of a few kilobytes that unpacks to w x h."""
+
+    def chunk(name: bytes, data: bytes) -> bytes:
+        return (
+            struct.pack(">I", len(data)) + name + data + struct.pack(">I", zlib.crc32(name + data))
+        )
+
+    packed = zlib.compressobj()
+    rows = b"".join(packed.compress(bytes(1 + w)) for _ in range(h)) + packed.flush()
+    head = struct.pack(">IIBBBBB", w, h, 8, 0, 0, 0, 0)
+    return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", head) + chunk(b"IDAT", rows) + chunk(b"IEND", b"")
+
+
+FRAMES = {"save_all": True, "append_images": [scene(300, 200).convert("L").convert("RGB")]}
+NO_PICTURE = "no picture that can be read"
+bad_file("empty.png", b"", "empty")
+bad_file("paper.pdf", b"%PDF-1.7\n1 0 obj\n", NO_PICTURE, "PNG")
+bad_file("words.jpg", b"a photo of a bird", NO_PICTURE)
+bad_file("drawing.svg", b"<svg xmlns='http://www.w3.org/2000/svg'/>", NO_PICTURE)
+bad_file("page.png", b"<!doctype html><title>404</title>", NO_PICTURE)
+bad_file("zeros.png", bytes(5000), NO_PICTURE)
+bad_file("program.eps", b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n", NO_PICTURE)
+bad_file("layers.psd", b"8BPS" + bytes(30), NO_PICTURE)
+bad_file("phone.heic", b"\0\0\0\x18ftypheic" + bytes(64), NO_PICTURE)
+bad_file("magic.png", b"\x89PNG\r\n\x1a\n", NO_PICTURE)
+bad_file("magic.jpg", b"\xff\xd8\xff\xe0", NO_PICTURE)
+bad_file("short.png", short("PNG"), "damaged")
+bad_file("short.jpg", short("JPEG"), "damaged")
+bad_file("short.webp", short("WEBP"), "can't be read")
+bad_file("short.gif", short("GIF"), "damaged")
+bad_file("short.bmp", short("BMP"), "damaged")
+bad_file("short.tiff", short("TIFF"), "damaged")
+bad_file("flipped.png", saved("PNG")[:60] + b"\xff" * 40 + saved("PNG")[100:], "damaged")
+bad_file("moving.gif", saved("GIF", **FRAMES), "2 frames")
+bad_file("moving.webp", saved("WEBP", **FRAMES), "2 frames")
+bad_file("moving.png", saved("PNG", **FRAMES), "2 frames")
+bad_file("pages.tiff", saved("TIFF", **FRAMES), "2 frames or pages")
+bad_file("bomb.png", bomb(20_000, 20_000), "179 million pixels")
+bad("missing", lambda folder: folder / "no.png", "no.png", "No such file")
+bad("folder", lambda folder: folder, "folder")
+bad("under a file", lambda folder: Path(__file__) / "a.png", "a.png")
+bad("long name", lambda folder: "a" * 5000, "can't be read")
+bad("empty name", "", "folder")
+bad("large image", lambda folder: Image.new("1", (20_000, 20_000)), "179 million")
+bad("no pixels", Image.new("RGB", (0, 5)), "0 x 5")
+bad("nothing", None, "not None")
+bad("number", 5, "not 5")
+bad("bytes", saved("PNG"), "bytes")
+bad("list", [[1, 2], [3, 4]], "not [[1, 2], [3, 4]]")
+bad("strings", np.array([["a", "b"]]), "real numbers")
+bad("complex", np.zeros((8, 8), complex), "real numbers")
+bad("objects", np.array([[None, 1]]), "real numbers")
+bad("nan", np.full((8, 8, 3), np.nan), "nan")
+bad("infinite", torch.full((3, 8, 8), torch.inf), "inf")
+bad("one nan", torch.tensor([[0.1, torch.nan]]), "nan")
+bad("minus one to one", torch.linspace(-1, 1, 192).view(3, 8, 8), "0 to 1", "-1 to 1")
+bad("floats to 255", np.linspace(0, 255, 64).reshape(8, 8), "0 to 1", "0 to 255")
+bad("too large numbers", np.full((8, 8), 300), "0 to 255", "300")
+bad("negative", np.full((8, 8), -3), "-3")
+bad("negative floats in a TIFF", Image.fromarray(np.full((8, 8), -3, "float32")), "-3")
+bad("large numbers in a TIFF", Image.fromarray(np.full((8, 8), 70_000, "int32")), "70000")
+bad("two channels", np.zeros((8, 8, 2)), "1, 3 or 4 channels", "8 x 8 x 2")
+bad("channels first", np.zeros((3, 8, 8)), "3 x 8 x 8")
+bad("channels last", torch.zeros(8, 8, 3), "8 x 8 x 3")
+bad("two pictures", torch.zeros(2, 3, 8, 8), "2 x 3 x 8 x 8")
+bad("a row", np.zeros(8), "not 8")
+bad("a scalar", np.float32(3), "not")
+bad("a number in an array", np.array(0.5), "a number")
+bad("no rows", np.zeros((0, 8, 3)), "0 x 8 x 3")
+
+
+@pytest.mark.parametrize("given, says", MISTAKES)
+def test_mistakes(given, says, tmp_path):
+    given = given(tmp_path) if callable(given) else given
+    with pytest.raises(ValueError) as caught:
+        picture.read(given, SIZE)
+    sentence = str(caught.value)
+    assert sentence.endswith(".") and "\n" not in sentence and len(sentence) < 5300
+    for part in says:
+        assert part in sentence
+    assert caught.value.__cause__ is None and not isinstance(caught.value, UnicodeError)
+
+
+def test_unknown_fit():
+    with pytest.raises(ValueError, match="crop, pad, stretch, not 'cover'"):
+        picture.read(scene(), SIZE, "cover")
+
+
+def test_there_are_forty_mistakes():
+    assert len(MISTAKES) >= 40

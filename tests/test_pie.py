@@ -1,0 +1,279 @@
+"""The PIE-Bench harness on a small set of its shape, and its metrics against scikit-image's."""
+
+import json
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+sys.path[:0] = [str(Path(__file__).parents[1] / "benchmarks")]
+
+import pie  # noqa: E402
+
+import minip2p  # noqa: E402
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("pie")
+    pie.make_set(folder, n=3)
+    return folder
+
+
+def noisy_pair(seed: int, h: int = 96, w: int = 128) -> tuple[Image.Image, Image.Image]:
+    """A picture with smooth and busy places, and another that is more or less like it."""
+    rng = np.random.default_rng(seed)
+    x, y = np.meshgrid(np.linspace(0, 6, w), np.linspace(0, 4, h))
+    a = 127 + 80 * np.sin(np.stack([x + y, x * y, x - 2 * y], -1)) + rng.normal(0, 15, (h, w, 3))
+    b = a + rng.normal(0, 5 + 10 * seed, a.shape) + np.linspace(-20, 20, w)[:, None]
+    return tuple(Image.fromarray(v.clip(0, 255).round().astype(np.uint8)) for v in (a, b))
+
+
+# ---- Metrics -------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("seed", range(4))
+@pytest.mark.parametrize("share", [0.0, 0.2, 0.9])
+def test_metrics_are_those_of_scikit_image(seed, share):
+    metrics = pytest.importorskip("skimage.metrics")
+    a, b = noisy_pair(seed)
+    mask = torch.zeros(a.height, a.width, dtype=torch.bool)
+    mask[: round(share * a.height), 7:] = True
+    ours = pie.compared(a, b, mask)
+    keep = ~mask.numpy()[..., None]
+    x, y = (np.asarray(image) / 255 * keep for image in (a, b))
+    settings = {"gaussian_weights": True, "sigma": 1.5, "use_sample_covariance": False}
+    whole, each = metrics.structural_similarity(
+        x, y, channel_axis=-1, data_range=1.0, full=True, **settings
+    )
+    theirs = {
+        "psnr": metrics.peak_signal_noise_ratio(x, y, data_range=1.0),
+        "mse": metrics.mean_squared_error(x, y),
+        "ssim": whole,
+        "valid mse": metrics.mean_squared_error(x[keep[..., 0]], y[keep[..., 0]]),
+        "valid psnr": metrics.peak_signal_noise_ratio(
+            x[keep[..., 0]], y[keep[..., 0]], data_range=1.0
+        ),
+        "valid ssim": each[5:-5, 5:-5][keep[5:-5, 5:-5, 0]].mean(),
+    }
+    assert ours.keys() == theirs.keys()
+    for name, value in theirs.items():
+        assert ours[name] == pytest.approx(value, rel=1e-4, abs=1e-7), name
+
+
+def test_metrics_worked_out_by_hand():
+    """Half of the picture masked, the other half off by 0.2: an error of 0.04 there, 0.02 over all
+    pixels, as published."""
+    a = Image.new("RGB", (40, 40), (51, 51, 51))
+    b = Image.new("RGB", (40, 40), (102, 102, 102))
+    mask = torch.zeros(40, 40, dtype=torch.bool)
+    mask[:, :20] = True
+    found = pie.compared(a, b, mask)
+    assert found["mse"] == pytest.approx(0.02) and found["valid mse"] == pytest.approx(0.04)
+    assert found["psnr"] == pytest.approx(16.9897, abs=1e-4)
+    assert found["valid psnr"] == pytest.approx(13.9794, abs=1e-4)
+    assert pie.compared(a, b, torch.ones(40, 40, dtype=torch.bool)) == {}
+    assert pie.compared(a, a, mask)["psnr"] == float("inf")
+
+
+def test_masks():
+    """Pairs of start and length, row by row; the border is always in the mask."""
+    mask = pie.decoded([9, 2, 14, 1, 31, 100], 6, 7)
+    inside = mask[1:-1, 1:-1].int().tolist()
+    assert inside == [[0, 1, 1, 0, 0], [0] * 5, [0] * 5, [0, 0, 1, 1, 1]]
+    assert mask[[0, -1]].all() and mask[:, [0, -1]].all()
+    rng = torch.Generator().manual_seed(0)
+    for share in (0, 0.1, 0.5, 1):
+        mask = torch.rand(6, 7, generator=rng) < share
+        mask[[0, -1]] = mask[:, [0, -1]] = True
+        runs = pie.encoded(mask)
+        assert torch.equal(pie.decoded(runs, 6, 7), mask)
+        assert all(start >= 0 and length > 0 for start, length in zip(runs[::2], runs[1::2]))  # noqa: B905
+    assert not pie.encoded(torch.zeros(6, 7))
+
+
+def test_structure_distance_and_clip_score(tmp_path, monkeypatch):
+    """With small random models: the formulas, written down once more."""
+    import transformers
+    from models import EMOJI_TOKENIZER
+
+    torch.manual_seed(0)
+    vit = transformers.ViTConfig(
+        hidden_size=48, num_hidden_layers=2, num_attention_heads=4, intermediate_size=64,
+        image_size=32, patch_size=8,
+    )  # fmt: skip
+    transformers.ViTModel(vit).save_pretrained(tmp_path / "dino")
+    measure = pie.structure_of(str(tmp_path / "dino"), "cpu")
+    a, b = noisy_pair(1, 32, 32)
+    mask = torch.zeros(32, 32, dtype=torch.bool)
+    with torch.no_grad():
+        assert measure(a, a, mask, "")["structure"] == 0
+        found = measure(a, b, mask, "")["structure"]
+        net = transformers.ViTModel.from_pretrained(tmp_path / "dino").eval()
+        grams = []
+        for image in (a, b):
+            x = torch.tensor(np.asarray(image) / 255).float().permute(2, 0, 1)
+            x = (x - torch.tensor([0.485, 0.456, 0.406])[:, None, None]) / torch.tensor(
+                [0.229, 0.224, 0.225]
+            )[:, None, None]
+            last = (net.layers if hasattr(net, "layers") else net.encoder.layer)[-1]
+            to_keys = dict(last.named_modules()).get("attention.k_proj")
+            to_keys = to_keys or last.attention.attention.key  # before transformers 5
+            states = net(x[None], output_hidden_states=True).hidden_states
+            k = to_keys(last.layernorm_before(states[-2]))[0]
+            grams.append((k @ k.T) / (k.norm(dim=1)[:, None] * k.norm(dim=1)[None]))
+    assert found == pytest.approx(float((grams[0] - grams[1]).square().mean()), rel=1e-4)
+    assert found > 0
+
+    tokenizer = transformers.CLIPTokenizerFast.from_pretrained(EMOJI_TOKENIZER)
+    sizes = {"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
+    text = {**sizes, "intermediate_size": 37, "vocab_size": len(tokenizer)}
+    ends = {"bos_token_id": tokenizer.bos_token_id, "eos_token_id": tokenizer.eos_token_id}
+    vision = {**sizes, "intermediate_size": 37, "image_size": 30, "patch_size": 10}
+    config = transformers.CLIPConfig(text_config=text | ends, vision_config=vision)
+    transformers.CLIPModel(config).save_pretrained(tmp_path / "clip")
+    image_processor = transformers.CLIPImageProcessor(
+        size={"shortest_edge": 30}, crop_size={"height": 30, "width": 30}
+    )
+    transformers.CLIPProcessor(image_processor, tokenizer).save_pretrained(tmp_path / "clip")
+    measure, scores = pie.clip_of(str(tmp_path / "clip"), "cpu"), []
+    net = transformers.CLIPModel.from_pretrained(tmp_path / "clip").eval()
+    processor = transformers.CLIPProcessor.from_pretrained(tmp_path / "clip")
+    mask[:20] = True
+    black = Image.fromarray(np.asarray(b) * mask.numpy()[..., None])
+    with torch.no_grad():
+        for prompt in ("a photo of a cat", "a lion", "pizza", "in the snow", "a red car"):
+            found = measure(a, b, mask, prompt)
+            for name, image in (("clip", b), ("clip edited", black)):
+                out = net(**processor(text=[prompt], images=[image], return_tensors="pt"))
+                cosine = float(out.logits_per_image / net.logit_scale.exp())
+                assert found[name] == pytest.approx(max(0, 100 * cosine), rel=1e-4, abs=1e-4)
+                scores.append(found[name])
+    assert len({round(score, 3) for score in scores if score}) >= 2
+
+
+# ---- The run -------------------------------------------------------------------------------------
+
+
+def test_the_set_has_the_published_shape(data):
+    items = pie.read_set(data)
+    assert len(items) == 3
+    for item in items.values():
+        old, new = item["blended_word"].split(" ")
+        assert f"[{old}]" in item["original_prompt"] and f"[{new}]" in item["editing_prompt"]
+        with Image.open(data / "annotation_images" / item["image_path"]) as given:
+            assert given.size == (512, 512)
+            given = given.convert("RGB")
+        with Image.open(data / "true_images" / item["image_path"]) as true:
+            mask = pie.decoded(item["mask"], 512, 512)
+            found = pie.compared(given, true.convert("RGB"), mask)
+        assert found["valid psnr"] > 25 and 0.02 < mask.float().mean() < 0.7
+
+
+def run(data: Path, out: Path, *options: str) -> str:
+    import contextlib
+    import io
+
+    said = io.StringIO()
+    with contextlib.redirect_stdout(said):
+        pie.main([str(data), "--out", str(out), "--steps", "3", "--device", "cpu", *options])
+    return said.getvalue()
+
+
+def test_a_run_and_its_table(data, tmp_path, capsys):
+    said = run(data, tmp_path)
+    assert "direct, published" in said and "direct, 3 pictures" in said and "27.22" in said
+    left_out = capsys.readouterr().err
+    for name in ("structure distance: give --dino FOLDER", "CLIP scores: give --clip FOLDER"):
+        assert f"Left out: {name}." in left_out
+    assert "LPIPS" in left_out or "lpips" in sys.modules
+    _, *lines = (tmp_path / "results.jsonl").read_text().splitlines()
+    results = [json.loads(line) for line in lines]
+    for result in results:
+        item = pie.read_set(data)[result["id"]]
+        given, edit = (
+            Image.open(folder / "annotation_images" / item["image_path"]).convert("RGB")
+            for folder in (data, tmp_path)
+        )
+        again = pie.compared(given, edit, pie.decoded(item["mask"], 512, 512))
+        assert {name: result[name] for name in again} == pytest.approx(again)
+    mean = np.mean([result["psnr"] for result in results])
+    assert f"{mean:.2f}" in said.splitlines()[-1]
+
+
+def test_an_interrupted_run_goes_on(data, tmp_path, monkeypatch):
+    whole = run(data, tmp_path / "a")
+    calls, edited = [], pie.edited
+
+    def interrupted(*args):
+        calls.append(args[2])
+        if len(calls) == 2:
+            raise KeyboardInterrupt
+        return edited(*args)
+
+    monkeypatch.setattr(pie, "edited", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        run(data, tmp_path / "b")
+    file = tmp_path / "b" / "results.jsonl"
+    file.write_text(file.read_text() + '{"id": "0000')  # and a line cut short
+    assert run(data, tmp_path / "b") == whole
+    assert len(calls) == 4  # one, the interrupted one, and the two that were left
+    assert run(data, tmp_path / "b") == whole and len(calls) == 4
+    assert len(file.read_text().splitlines()) == 4
+
+
+def test_another_run_is_not_mixed_in(data, tmp_path, capsys):
+    run(data, tmp_path, "--only", "000000000001")
+    with pytest.raises(SystemExit):
+        run(data, tmp_path, "--method", "ddim")
+    assert "is of a run with" in capsys.readouterr().err
+
+
+def test_folders_that_are_no_pie_bench(tmp_path, capsys):
+    for content, says in ((None, "can't be read"), ("{", "can't be read"), ('{"1": {}}', "no im")):
+        if content:
+            (tmp_path / "mapping_file.json").write_text(content)
+        with pytest.raises(SystemExit):
+            run(tmp_path, tmp_path / "out")
+        assert says in capsys.readouterr().err
+
+
+def test_words_that_the_prompts_do_not_have(data, tmp_path):
+    """An annotation that does not fit is edited without blend and weight, and named."""
+    items = pie.read_set(data)
+    key = next(iter(items))
+    items[key]["blended_word"] = "submarine zeppelin"
+    items[key]["image_path"] = str(data / "annotation_images" / items[key]["image_path"])
+    (tmp_path / "mapping_file.json").write_text(json.dumps({key: items[key]}))
+    said = run(tmp_path, tmp_path / "out")
+    assert "1 without blend and weight" in said and f"{key}: " in said and "no word" in said
+
+
+def test_it_edits_as_published(data):
+    """What is handed to generate, seen from its settings and its bound edit."""
+    item = next(iter(pie.read_set(data).values()))
+    old, new = item["blended_word"].split(" ")
+    edit = pie.edit_of(item)
+    assert edit.weights == {new: 2.0} and not edit.everywhere
+    assert isinstance(edit.edit, minip2p.Refine)
+    assert (edit.edit.cross_replace_steps, edit.edit.self_replace_steps) == (0.4, 0.6)
+    blend = edit.edit.local_blend
+    assert (blend.words, blend.threshold, blend.start) == ((old, new), 0.3, 0.2)
+    assert pie.edit_of(item | {"blended_word": ""}) == minip2p.Refine(0.4, 0.6)
+    assert pie.STEPS == 50 and pie.GUIDANCE == 7.5
+
+
+def test_self_attention_up_to_twice_the_coarse_size():
+    model = minip2p.load(device="cpu")
+    prompts = ["a photo of a cat", "a photo of a dog"]
+    bound = pie.bind_to(model, prompts, minip2p.Refine(0.4, 0.6), (64, 64))[1]
+    assert bound.coarse == (32, 32) or bound.coarse == (16, 16)
+    h, w = bound.coarse
+    now, plain = pie.Wider(bound).at(0, 50), bound.at(0, 50)
+    for scale, theirs, ours in ((1, True, True), (2, True, False), (4, False, False)):
+        site = minip2p.Site("x", "up", False, scale * h, scale * w)
+        assert (now.mix(site) is not None, plain.mix(site) is not None) == (theirs, ours)
+    assert pie.Wider(bound).at(30, 50).mix(minip2p.Site("x", "up", False, h, w)) is None
