@@ -107,7 +107,7 @@ def load(
     ema: which UNet of a single file that has two: True the average over training (EMA), False the
         model's own. None finds out which one is meant, and warns if they differ.
     On the CPU the weights stay in their files: do not change those while the model is in use.
-    Raises WeightsError, before any weight is read, if there is no model that minip2p can run.
+    Raises WeightsError, before the weights are read, if there is no model that minip2p can run.
     """
     device, dtype = usable(device), dtype or torch.float32
     half = dtype.itemsize < 4

@@ -51,14 +51,14 @@ def noise_levels(config: Config) -> dict[str, Any]:
         "num_train_timesteps": whole(config, "num_train_timesteps", 1000),
         "beta_start": number(config, "beta_start", 0.00085),
         "beta_end": number(config, "beta_end", 0.012),
-        "steps_offset": 1,
+        "steps_offset": 1,  # see WITHOUT_EFFECT
         "set_alpha_to_one": bool(config.get("set_alpha_to_one")),
     }
     return levels if spacing == "leading" else levels | {"timestep_spacing": spacing}
 
 
 def sampler(config: Config) -> str:
-    """ "pndm" or "ddim". Warns where that is not what the config asks for."""
+    """The sampler's name, pndm or ddim. Warns where that is not what the config asks for."""
     name = class_name(config)
     if name == "PNDMScheduler":
         if config.get("skip_prk_steps") is False:
