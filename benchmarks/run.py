@@ -244,8 +244,8 @@ def call_sides(
     import torch
     from written_out import Controller, control
 
-    from minip2p import AttentionStore, LocalBlend, WordSwap, text
-    from minip2p.attention import Chain, Guided, Words, coarse_size
+    from minip2p import AttentionStore, Chain, LocalBlend, WordSwap, text
+    from minip2p.attention import Guided, Words, coarse_size
     from minip2p.edit import bind
 
     some = model or quick
@@ -282,7 +282,7 @@ def call_sides(
             return eps
 
         if some:
-            mapper = torch.stack([row.alignment.mapper for row in swap().rows])
+            mapper = swap().mapper[1:]
         else:
             mapper = torch.eye(77).expand(edits, -1, -1)
         controller = Controller(mapper.to(device), len(prompts))
@@ -290,11 +290,13 @@ def call_sides(
         sides |= {"diffusers, written-out edit": written_out}
 
     def ours(unet: Any, edit: Any) -> Callable[[], Any]:
-        kept = Words(context)  # projected in the warm-up: once a run
+        n = len(prompts)
+        # The prompts come first here, last in diffusers. Projected in the warm-up: once a run.
+        kept = Words(context.roll(n, 0))
 
         def call() -> Any:
             now = edit and edit.at(0, 50)
-            return unet(x, 501, kept, now and Guided(now, blank=len(prompts)))
+            return unet(x, 501, kept, now and Guided(now, n)).roll(n, 0)
 
         return call
 

@@ -8,17 +8,18 @@ Shapes:  b prompts, row 0 the source · k 77 tokens · q pixels of the coarse fe
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
 from .align import LENGTH, Alignment, Prompt
-from .check import check, describe, is_number
+from .check import check, is_number
+from .mask import read_mask
 
 
 @dataclass(frozen=True)
@@ -26,12 +27,14 @@ class LocalBlend:
     """Keep the source's latents outside the places that the given words look at.
 
     The mask is where the words' attention, summed over the calls so far and over the layers of the
-    coarse size, exceeds `threshold` of its maximum, in the source or in the edit.
+    coarse size, exceeds `threshold` of its maximum, in the source or in the edit. Weights of a
+    Reweight do not count: a word that is silenced still has its place.
 
     words: of the source or the edited prompt; each stands for its counterpart in the other, too.
     start: the fraction of the UNet calls after which blending starts.
     subtract: words whose places are taken out of the mask.
-    mask: your own mask instead of `words`: h w, of latent or picture pixels, above 0.5 is edited.
+    mask: your own mask instead of `words`: h w, of latent or picture pixels, 0 or black where the
+    source stays; for what it may be see mask.py.
     """
 
     words: str | Sequence[str] = ()
@@ -81,22 +84,31 @@ class Blend:
         device: torch.device | str,
     ):
         self.spec, self.r, self.latent_size, self.coarse = spec, r, latent_size, coarse
+        self.text = prompts[r].text
         self.maps: Tensor | None = None  # b q 2, summed over layers and calls
         self.mask: Tensor | None = None  # h w, bool: a mask of the user's own
         self.columns: Tensor | None = None  # b k 2: the tokens of `words`, and those of `subtract`
         if spec.mask is None:
             self.columns = word_columns(spec, r, prompts, alignment).to(device)
         else:
-            self.mask = own_mask(spec.mask, latent_size).to(device)
+            self.mask = read_mask(spec.mask, latent_size).to(device)
 
     def add(self, maps: Tensor) -> None:
         """maps: b q 2, of one layer at one UNet call."""
         self.maps = maps if self.maps is None else self.maps + maps
 
-    def __call__(self, latents: Tensor) -> Tensor:
+    def __call__(self, latents: Tensor, is_last: bool) -> Tensor:
         """x_e ← x_source + mask (x_e - x_source)"""
-        latents = latents.clone()
-        latents[self.r] = torch.where(self.where(), latents[self.r], latents[0])
+        latents, mask = latents.clone(), self.where()
+        latents[self.r] = torch.where(mask, latents[self.r], latents[0])
+        if is_last and not mask.any():  # asked once a run: a GPU has to be waited for
+            without = f" without {', '.join(self.spec.subtract)}" if self.spec.subtract else ""
+            warnings.warn(
+                f"The blend of {', '.join(self.spec.words)}{without} leaves no place for the edit "
+                f"{self.text!r}, which is the source's picture: try another threshold or other "
+                "words.",
+                stacklevel=2,
+            )
         return latents
 
     def where(self) -> Tensor:
@@ -130,24 +142,3 @@ def word_columns(
         f"has: {', '.join(prompts[r].words)}.",
     )
     return columns
-
-
-def own_mask(mask: Any, latent_size: tuple[int, int]) -> Tensor:
-    """A user's mask, of the latents' size or a whole multiple of it → bool h w"""
-    h, w = latent_size
-    if hasattr(mask, "convert"):  # a PIL image
-        mask = np.asarray(mask.convert("L"))
-    try:
-        mask = torch.as_tensor(mask)
-        mask = mask.float() / (255 if mask.dtype == torch.uint8 else 1)
-    except (TypeError, ValueError, RuntimeError):
-        raise ValueError(
-            f"A blend's mask is a PIL image, an array or a tensor, not {describe(mask)}."
-        ) from None
-    height, width = mask.shape if mask.ndim == 2 else (0, 0)
-    check(
-        height and width and not height % h and not width % w and height * w == width * h,
-        f"A blend's mask must be {h} x {w} (height x width), as the latents, or a multiple "
-        f"of it, as the picture, not {' x '.join(map(str, mask.shape))}.",
-    )
-    return F.adaptive_avg_pool2d(mask[None], latent_size)[0] > 0.5

@@ -164,6 +164,7 @@ class PromptToPrompt(Edit):
         self.cross: Mix | None = None
         self.layout: Mix | None = None
         self.blending: list[Blend] = []
+        self.is_last = False
 
     def at(self, call: int, calls: int) -> Edit:
         """A copy of it that knows the linear maps of this call, and the blends that have begun."""
@@ -184,6 +185,7 @@ class PromptToPrompt(Edit):
         now = copy.copy(self)
         now.cross, now.layout = self.made[state]
         now.blending = [b for b in self.blends if call in calls_of((b.spec.start, 1.0), calls)]
+        now.is_last = call == calls - 1
         return now
 
     def wants(self, site: Site) -> bool:
@@ -200,7 +202,7 @@ class PromptToPrompt(Edit):
 
     def blend(self, latents: Tensor) -> Tensor:
         for blend in self.blending:
-            latents = blend(latents)
+            latents = blend(latents, self.is_last)
         return latents
 
 

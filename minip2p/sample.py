@@ -5,6 +5,7 @@ Shapes:  b prompts, row 0 the source of an edit · h w height and width of the l
 
 from __future__ import annotations
 
+import copy
 import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
@@ -160,8 +161,8 @@ def generate(
     }
     if source is not None:
         settings |= {"scheduler": "ddim", "source": source.settings}
-    # A clone outside of inference mode: a usual tensor.
-    return Result(images, x.clone(), kept, settings, bound, source)
+    # A clone outside of inference mode: a usual tensor. A copy, for the store may see more runs.
+    return Result(images, x.clone(), copy.copy(kept), settings, bound, source)
 
 
 @torch.inference_mode()

@@ -13,6 +13,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .check import check, is_number
+
+SPACINGS = ("leading", "trailing", "linspace")
+
 
 def alpha_bars(
     num_train_timesteps: int = 1000, beta_start: float = 0.00085, beta_end: float = 0.012
@@ -22,13 +26,38 @@ def alpha_bars(
     return torch.cumprod(1 - betas, dim=0)
 
 
+def spaced(steps: int, spacing: str, num_train_timesteps: int, steps_offset: int) -> list[int]:
+    """Which training timesteps a run visits, noisiest first (Lin et al. 2024, table 2).
+
+    leading: equal strides up from `steps_offset`, as SD has it, which leave out the noisiest.
+    trailing: down from the noisiest, which suits few steps. linspace: from the noisiest to 0.
+    """
+    n = num_train_timesteps
+    check(1 <= steps < n, f"The number of steps must be from 1 to {n - 1}, not {steps}.")
+    names = ", ".join(SPACINGS)
+    check(spacing in SPACINGS, f"The spacing of timesteps is one of {names}, not {spacing!r}.")
+    if spacing == "leading":
+        timesteps = [i * (n // steps) + steps_offset for i in reversed(range(steps))]
+    elif spacing == "trailing":  # in numpy's arithmetic: halves are to fall on the same side
+        stride = (n - n / steps) - n
+        timesteps = [round(n + i * stride) - 1 for i in range(steps)]
+    else:
+        stride = (n - 1) / max(steps - 1, 1)
+        timesteps = [round(i * stride) for i in reversed(range(steps))]
+    within = timesteps[-1] >= 0 and timesteps[0] < n
+    check(within, f"With steps_offset {steps_offset} the run would leave timesteps 0 to {n - 1}.")
+    return timesteps
+
+
 class DDIM:
     """Guess the clean latent, then noise it again to the next level (Song et al. 2021, eq. 12).
 
     `eta` 0 is deterministic, 1 draws as much new noise as DDPM. The noise is one (1, 4, h, w)
     sample of `generator` for all images of the batch, so that a source and its edits stay
     comparable.
-    Raises ValueError if `steps` is not within 1 to num_train_timesteps - 1.
+    `timestep_spacing` is "leading", "trailing" or "linspace", and the step from t goes to
+    t - num_train_timesteps // steps in each, as in diffusers.
+    Raises ValueError for steps that are not within 1 to num_train_timesteps - 1, and the like.
     """
 
     def __init__(
@@ -42,18 +71,15 @@ class DDIM:
         beta_end: float = 0.012,
         steps_offset: int = 1,
         set_alpha_to_one: bool = False,
+        timestep_spacing: str = "leading",
     ):
-        if not 1 <= steps < num_train_timesteps:
-            raise ValueError(
-                f"The number of steps must be from 1 to {num_train_timesteps - 1}, not {steps}."
-            )
-        if isinstance(eta, bool) or not isinstance(eta, int | float) or not 0 <= eta <= 1:
-            raise ValueError(f"eta must be from 0 (DDIM) to 1 (DDPM), not {eta!r}.")
+        right_eta = is_number(eta) and 0 <= eta <= 1
+        check(right_eta, f"eta must be from 0 (DDIM) to 1 (DDPM), not {eta!r}.")
+        self.timesteps = spaced(steps, timestep_spacing, num_train_timesteps, steps_offset)
+        self.stride = num_train_timesteps // steps
         self.alpha_bar = alpha_bars(num_train_timesteps, beta_start, beta_end)
         # SD was trained to end at ᾱ_0, a little noise above the clean latent.
         self.last_alpha_bar = torch.tensor(1.0) if set_alpha_to_one else self.alpha_bar[0]
-        self.stride = num_train_timesteps // steps
-        self.timesteps: list[int] = [i * self.stride + steps_offset for i in reversed(range(steps))]
         self.eta, self.generator = eta, generator
 
     def alpha_bar_pair(self, t: int) -> tuple[Tensor, Tensor]:

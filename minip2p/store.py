@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterable, Sequence
-from dataclasses import replace
+from dataclasses import asdict, astuple, replace
 from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from . import saved
 from .align import LENGTH, Prompt, check_words
 from .attention import Edit, Mix, Site
 from .check import check
@@ -192,9 +194,65 @@ class AttentionStore(Edit):
         maps = self.average(**which)[prompt]
         if self.words is None:
             return maps[..., text.find(word)].sum(dim=-1)
-        known = ", ".join(self.words)
-        check(word in self.words, f"Only the words {known} were kept, not {word!r}.")
-        return maps[..., self.words.index(word)]
+        # Another spelling of a kept word means the same tokens.
+        kept = [n for n, known in enumerate(self.words) if text.find(known) == text.find(word)]
+        check(kept, f"Only the words {', '.join(self.words)} were kept, not {word!r}.")
+        return maps[..., kept[0]]
+
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """Write it as safetensors, with all that `load` needs to answer as it does.
+
+        Of each layer and size there is one tensor, n b q k: n is 1, or with by_call the calls.
+        Raises ValueError if there is nothing to save, or the file can't be written.
+        """
+        check(self.maps, "This store has seen no run yet, so there are no maps to save.")
+        options = {
+            **{"places": self.places, "cross": self.kinds[True], "words": self.words},
+            **{"self_attention": self.kinds[False], "max_pixels": self.max_pixels},
+            **{"before_edit": self.before_edit, "by_call": self.by_call},
+        }
+        about = {
+            **{"options": options, "size": self.size, "calls": self.calls},
+            "prompts": [asdict(prompt) for prompt in self.prompts],
+            "sites": [astuple(site) for site in self.maps],
+        }
+        tensors = {_name(site): torch.stack(maps) for site, maps in self.maps.items()}
+        saved.write(path, "AttentionStore", about, tensors)
+
+    @staticmethod
+    def load(path: str | os.PathLike[str]) -> AttentionStore:
+        """The store that `save` wrote, on the CPU. Raises ValueError for any other file."""
+        about, tensors = saved.read(path, "AttentionStore")
+        try:
+            store = AttentionStore(**about["options"])
+            h, w = about["size"]
+            store.begin([_prompt(**prompt) for prompt in about["prompts"]], (h, w))
+            store.calls = int(about["calls"])
+            sites = [Site(*site) for site in about["sites"]]
+            store.maps = {site: list(tensors.pop(_name(site))) for site in sites}
+            fit = not tensors and all(map(store._fits, sites))
+        except (AttributeError, KeyError, TypeError, ValueError):
+            fit = False
+        check(fit, f"{path} is damaged: its maps are not what it says of them.")
+        return store
+
+    def _fits(self, site: Site) -> bool:
+        """Whether the maps of that layer are as many and as large as they can be."""
+        pixels, maps = site.height * site.width, self.maps[site]
+        columns = (LENGTH if self.words is None else len(self.words)) if site.is_cross else pixels
+        right = len(self.prompts), pixels, columns
+        most = self.calls if self.by_call else 1
+        return 1 <= len(maps) <= most and all(one.shape == right for one in maps)
+
+
+def _name(site: Site) -> str:
+    """Of its tensor in a file."""
+    return f"{site.name} {site.height}x{site.width}"
+
+
+def _prompt(text: str, ids: list[int], spans: list[list[int]], cut: int) -> Prompt:
+    """What became lists in JSON, as it was."""
+    return Prompt(text, tuple(ids), tuple((start, stop) for start, stop in spans), cut)
 
 
 def _tuple(value: str | Sequence[str]) -> tuple[str, ...]:

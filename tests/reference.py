@@ -87,8 +87,9 @@ def refine(tokenizer: Any, source: str, target: str) -> tuple[Tensor, Tensor]:
     mapper[0, 0] = 1
     for i, j in shared(0, 0):
         mapper[i + 1, j + 1] = 1
-    for j in range(len(y) + 1, LENGTH):  # end to end, padding to padding
-        mapper[min(j + len(x) - len(y), LENGTH - 1), j] = 1
+    mapper[len(x) + 1, len(y) + 1] = 1  # the end
+    for j in range(max(len(x), len(y)) + 2, LENGTH):  # the padding of both, in its place
+        mapper[j, j] = 1
     return mapper, mapper.sum(dim=0) > 0
 
 

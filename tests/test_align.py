@@ -20,12 +20,12 @@ from minip2p.align import (
     check_words,
     refinement,
     replacement,
-    swap_word,
     token_weights,
     token_windows,
     window,
 )
 from minip2p.text import tokenize
+from minip2p.words import swap_word
 
 ACUTE = "\u0301"  # combining: "e" + ACUTE is é in two characters
 
@@ -550,7 +550,7 @@ REFINEMENTS = {
         6 a         <- 4 a
         7 squirrel  <- 5 squirrel
         8 <end>     <- 6 <end>
-        9-76 pad    <- 7-74
+        9-76 pad    <- 9-76
         """,
     ),
     "words are added at the end": Case(
@@ -568,7 +568,7 @@ REFINEMENTS = {
         6 at        <- own
         7 fall      <- own
         8 <end>     <- 6 <end>
-        9-76 pad    <- 7-74
+        9-76 pad    <- 9-76
         """,
     ),
     "pea soup": Case(
@@ -584,7 +584,7 @@ REFINEMENTS = {
         4 pea     <- own
         5 soup    <- 4 soup
         6 <end>   <- 5 <end>
-        7-76 pad  <- 6-75
+        7-76 pad  <- 7-76
         """,
     ),
     "pea soup with croutons": Case(
@@ -604,7 +604,7 @@ REFINEMENTS = {
          8 out     <- own
          9 ons     <- own
         10 <end>   <- 5 <end>
-        11-76 pad  <- 6-71
+        11-76 pad  <- 11-76
         """,
     ),
     "words are removed: the end is still the end": Case(
@@ -620,9 +620,8 @@ REFINEMENTS = {
         4 a       <- 6 a
         5 road    <- 7 road
         6 <end>   <- 8 <end>
-        7-74 pad  <- 9-76
-        75 pad    <- 76
-        76 pad    <- 76
+        7-8 pad   <- own
+        9-76 pad  <- 9-76
         """,
     ),
     "a repeated word, the first one was there before": Case(
@@ -638,7 +637,7 @@ REFINEMENTS = {
         4 a       <- own
         5 dog     <- own
         6 <end>   <- 3 <end>
-        7-76 pad  <- 4-73
+        7-76 pad  <- 7-76
         """,
     ),
     "of two equally good alignments the earliest": Case(
@@ -654,7 +653,7 @@ REFINEMENTS = {
         4 a       <- own
         5 dog     <- 2 dog
         6 <end>   <- 3 <end>
-        7-76 pad  <- 4-73
+        7-76 pad  <- 7-76
         """,
     ),
     "a repeated word is removed": Case(
@@ -667,10 +666,8 @@ REFINEMENTS = {
         1 a       <- 1 a
         2 mat     <- 5 mat
         3 <end>   <- 6 <end>
-        4-73 pad  <- 7-76
-        74 pad    <- 76
-        75 pad    <- 76
-        76 pad    <- 76
+        4-6 pad   <- own
+        7-76 pad  <- 7-76
         """,
     ),
     "a word is exchanged and a style added": Case(
@@ -689,7 +686,7 @@ REFINEMENTS = {
          7 oil      <- own
          8 painting <- own
          9 <end>    <- 6 <end>
-        10-76 pad   <- 7-73
+        10-76 pad   <- 10-76
         """,
     ),
     "capital letters and spaces do not count": Case(
@@ -703,7 +700,7 @@ REFINEMENTS = {
         2 fluffy  <- own
         3 CAT     <- 2 Cat
         4 <end>   <- 3 <end>
-        5-76 pad  <- 4-75
+        5-76 pad  <- 5-76
         """,
     ),
     "tokens count, not words: both end in ably": Case(
@@ -721,7 +718,7 @@ REFINEMENTS = {
         6 tall    <- 5 tall
         7 tower   <- 6 tower
         8 <end>   <- 7 <end>
-        9-76 pad  <- 8-75
+        9-76 pad  <- 9-76
         """,
     ),
     "from nothing": Case(
@@ -734,7 +731,7 @@ REFINEMENTS = {
         1 a       <- own
         2 cat     <- own
         3 <end>   <- 1 <end>
-        4-76 pad  <- 2-74
+        4-76 pad  <- 4-76
         """,
     ),
     "identical prompts": Case(
@@ -780,22 +777,23 @@ def table(source: Prompt, target: Prompt, alignment: Alignment) -> list[str]:
         assert exists[j] == (1 if parts else 0), (j, parts)
         lines.append(f"{token(target, j)} <- {' + '.join(parts) or 'own'}")
 
-    assert exists[target.end :].all()
+    assert exists[target.end] == 1
 
     def sources(j: int) -> list[int]:
         return mapper[:, j].nonzero().flatten().tolist()
 
     def shift(j: int) -> object:
         i = sources(j)
-        return i[0] - j if len(i) == 1 else i
+        return i[0] - j if len(i) == 1 else [exists[j].item(), *i]
 
     for _, run in groupby(range(target.end + 1, 77), key=shift):
         js = list(run)
         first, last = sources(js[0]), sources(js[-1])
         assert (mapper[first, js[0]] == 1).all()
         from_ = f"{first[0]}-{last[0]}" if first != last else " + ".join(map(str, first))
+        nothing = "nothing" if exists[js[0]] else "own"
         to = f"{js[0]}-{js[-1]}" if len(js) > 1 else f"{js[0]}"
-        lines.append(f"{to} pad <- {from_ or 'nothing'}")
+        lines.append(f"{to} pad <- {from_ or nothing}")
     return lines
 
 
@@ -832,6 +830,28 @@ def test_word_swap(clip_tokenizer, name):
 def test_refinement(clip_tokenizer, name):
     alignment = check(REFINEMENTS[name], clip_tokenizer, refinement)
     assert torch.equal(alignment.mapper.sum(dim=0), alignment.exists)  # one source, or none
+    assert (alignment.mapper.sum(dim=1) <= 1).all()  # and none for two
+
+
+@pytest.mark.parametrize(
+    ("source", "target", "end", "own"),
+    [  # where padding begins that both have; which padding of the target has its own attention
+        ("a cat", "a cat on a big mat", 8, []),
+        ("", "a cat", 4, []),
+        ("a cat on a mat", "a dog on a mat", 7, []),
+        ("a cat", "a cat", 4, []),
+        ("a cat on a mat", "a cat", 7, [4, 5, 6]),
+        ("a cat", "", 4, [2, 3]),
+    ],
+    ids=["longer", "from nothing", "as long", "the same", "shorter", "to nothing"],
+)
+def test_refined_padding_keeps_its_place(clip_tokenizer, source, target, end, own):
+    source, target = tokenize(clip_tokenizer, source), tokenize(clip_tokenizer, target)
+    alignment = refinement(source, target)
+    padding = range(target.end + 1, 77)
+    assert [j for j in padding if not alignment.exists[j]] == own
+    assert torch.equal(alignment.mapper[:, end:], torch.eye(77)[:, end:])
+    assert not alignment.mapper[:, own].any()
 
 
 # --- longer than 77 tokens -----------------------------------------------------------------------
@@ -928,9 +948,9 @@ def test_refinement_that_is_too_long(clip_tokenizer):
     assert [j for j in range(77) if alignment.exists[j]] == [0, 1, 76]
 
     alignment = refinement(target, source)  # the other way round: its cat is cut off
-    hand = {(0, 0): 1, (1, 1): 1} | {(76, j): 1 for j in range(3, 77)}
-    assert entries(alignment.mapper) == hand
-    assert [j for j in range(77) if not alignment.exists[j]] == [2]
+    assert entries(alignment.mapper) == {(0, 0): 1, (1, 1): 1, (76, 3): 1}
+    # Its own: the cat, and the padding where the source has words and its end.
+    assert [j for j in range(77) if not alignment.exists[j]] == [2, *range(4, 77)]
 
 
 def test_warning_names_what_falls_off(clip_tokenizer):

@@ -11,16 +11,20 @@ import shutil
 import subprocess
 import sys
 import time
+import warnings
 from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import diffusers
 import huggingface_hub
 import pytest
 import torch
+import transformers
 from huggingface_hub import errors
+from huggingface_hub.utils import filter_repo_objects
 from models import (
     EMOJI_TOKENIZER,
     Truth,
@@ -33,7 +37,8 @@ from models import (
 )
 from safetensors.torch import load_file, save_file
 
-from minip2p import weights
+from minip2p import generate, weights
+from minip2p.text import encode, tokenize
 from minip2p.unet import UNet
 from minip2p.vae import VAE
 from minip2p.weights import StableDiffusion, WeightsError, load
@@ -179,6 +184,136 @@ def test_a_partial_ema_set_is_left_alone(layouts, tmp_path):
     save_file(state, tmp_path / "partial.safetensors")
     weight = load_on_cpu(tmp_path / "partial.safetensors").unet.conv_in.weight
     assert torch.equal(weight, state[UNET + "input_blocks.0.0.weight"])
+
+
+def random_like(state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """Another model: every tensor with the same mean and deviation."""
+    generator = torch.Generator().manual_seed(9)
+    return {
+        name: t.mean() + t.std(correction=0) * torch.randn(t.shape, generator=generator)
+        for name, t in state.items()
+    }
+
+
+def mixed(a: Any, b: Any, share: float) -> dict[str, torch.Tensor]:
+    """As checkpoint mergers do: `share` of b."""
+    return {name: torch.lerp(a[name], b[name], share) for name in a}
+
+
+def filled(state: dict[str, torch.Tensor], value: float) -> dict[str, torch.Tensor]:
+    return {name: torch.full_like(tensor, value) for name, tensor in state.items()}
+
+
+def save_with_average(file: Path, rest: Any, own: Any, average: Any, **metadata: str) -> Path:
+    """A single file with two UNets."""
+    names = {name: "model_ema." + name.removeprefix("model.").replace(".", "") for name in own}
+    average = {names[name]: tensor.clone() for name, tensor in average.items()}
+    save_file(rest | own | average, file, metadata)
+    return file
+
+
+NAN, INFINITE = float("nan"), float("inf")
+# name: (the model's own and its average from one model and another, metadata, whether the average
+# is taken, what is said)
+TWO_UNETS: dict[str, tuple[Callable[[Any, Any], tuple[Any, Any]], dict[str, str], bool, str]] = {
+    "equal": (lambda a, b: (a, a), {}, True, ""),
+    "rounded": (lambda a, b: ({k: t.half() for k, t in a.items()}, a), {}, True, "average over tr"),
+    "near": (lambda a, b: (mixed(a, b, 0.05), a), {}, True, "average over training"),
+    "mixed half and half": (lambda a, b: (mixed(a, b, 0.5), a), {}, False, "correlate by 0.7"),
+    "mixed with a third": (lambda a, b: (mixed(a, b, 0.33), a), {}, False, "not near to it"),
+    "of another model": (lambda a, b: (b, a), {}, False, r"correlate by -?0.0"),
+    "mixed in some blocks": (
+        lambda a, b: (a | {k: t for k, t in b.items() if "output_blocks" in k}, a),
+        {},
+        False,
+        "not near to it",
+    ),
+    "average zero": (lambda a, b: (a, filled(a, 0)), {}, False, "zero or not a number"),
+    "average nan": (lambda a, b: (a, filled(a, NAN)), {}, False, "zero or not a number"),
+    "average infinite": (lambda a, b: (a, filled(a, INFINITE)), {}, False, "not a number"),
+    "average of one nan": (
+        lambda a, b: (a, a | {CONV_IN: torch.full_like(a[CONV_IN], NAN)}),
+        {},
+        False,
+        "zero or not a number",
+    ),
+    "average constant": (lambda a, b: (a, filled(a, 1)), {}, False, "not near to it"),
+    "average of other shapes": (
+        lambda a, b: (a, {k: t[:, :1].contiguous() if t.ndim > 1 else t for k, t in a.items()}),
+        {},
+        False,
+        "other shapes",
+    ),
+    "own zero": (lambda a, b: (filled(a, 0), a), {}, True, "average over training"),
+    "own nan": (lambda a, b: (filled(a, NAN), a), {}, True, "average over training"),
+    "mixed, as its metadata says": (
+        lambda a, b: (mixed(a, b, 0.05), a),
+        {"sd_merge_recipe": "{}"},
+        False,
+        "one of the models that it was mixed of",
+    ),
+    "mixed, as its modelspec says": (
+        lambda a, b: (mixed(a, b, 0.05), a),
+        {"modelspec.merged_from": "a, b"},
+        False,
+        "one of the models that it was mixed of",
+    ),
+}
+
+
+@pytest.mark.parametrize(
+    "make, metadata, average_is_taken, says", TWO_UNETS.values(), ids=TWO_UNETS
+)
+def test_which_of_two_unets(layouts, tmp_path, make, metadata, average_is_taken, says):
+    rest = load_file(layouts["single"])
+    unet = {name: tensor for name, tensor in rest.items() if name.startswith(UNET)}
+    own, average = make(unet, random_like(unet))
+    file = save_with_average(tmp_path / "two.safetensors", rest, own, average, **metadata)
+
+    def weight(**options: Any) -> tuple[torch.Tensor, list[str]]:
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            model = load(file, tokenizer=EMOJI_TOKENIZER, device="cpu", **options)
+        return model.unet.conv_in.weight, [str(warning.message) for warning in caught]
+
+    expected = (average if average_is_taken else own)[CONV_IN].float()
+    found, said = weight()
+    assert torch.equal(found, expected)
+    assert len(said) == bool(says)
+    assert not says or re.search(f"has two UNets, .*{says}.*takes the other", said[0])
+    found, said = weight(ema=False)
+    assert torch.equal(found.nan_to_num(), own[CONV_IN].float().nan_to_num()) and not said
+    if "other shapes" not in says:
+        found, said = weight(ema=True)
+        assert torch.equal(found.nan_to_num(), average[CONV_IN].nan_to_num()) and not said
+
+
+@pytest.mark.parametrize("ema", [True, False])
+def test_both_unets_are_those_that_diffusers_extracts(layouts, ema):
+    theirs = diffusers.UNet2DConditionModel.from_single_file(
+        str(layouts["single_ema"]),
+        config=str(layouts["diffusers"]),
+        subfolder="unet",
+        extract_ema=ema,
+    ).state_dict()
+    model = load(layouts["single_ema"], tokenizer=EMOJI_TOKENIZER, device="cpu", ema=ema)
+    for name, tensor in model.unet.state_dict().items():
+        assert torch.equal(tensor, theirs[name]), name
+
+
+def test_asking_for_a_unet_that_is_not_there(layouts, tmp_path, hub):
+    assert "has no averaged UNet" in refusal(layouts["single"], ema=True)
+    load(layouts["single"], tokenizer=EMOJI_TOKENIZER, device="cpu", ema=False)
+    state = load_file(layouts["single_ema"])
+    del state["model_ema.diffusion_modeltime_embed0weight"]
+    save_file(state, tmp_path / "partial.safetensors")
+    message = refusal(tmp_path / "partial.safetensors", ema=True)
+    assert "such as model_ema.diffusion_modeltime_embed0weight" in message
+    for source in (layouts["diffusers"], "emoji", REPO):
+        for ema in (True, False):
+            assert f"{source} is no single file" in refusal(source, ema=ema)
+    assert not hub.asked
+    assert "There is no" in refusal("missing.safetensors", ema=True)
 
 
 def test_weights_are_views_of_the_file(layouts):
@@ -437,6 +572,13 @@ def below(shapes: Shapes, prefix: str, new: str = "") -> Shapes:
     }
 
 
+def averaged(shapes: Shapes) -> Shapes:
+    """The averaged UNet alone: its names have no dots."""
+    unet = {n.replace(".", ""): s for n, s in below(shapes, UNET, "diffusion_model.").items()}
+    return below(unet, "", "model_ema.")
+
+
+OPTIMIZER = {f"optimizer.state.{i}.exp_avg{end}": (8,) for i in range(9) for end in ("", "_sq")}
 CONV_IN, MIDDLE = UNET + "input_blocks.0.0.weight", UNET + "middle_block.1."
 EMBEDDING = TEXT + "text_model.embeddings.token_embedding.weight"
 ATTN_2 = "transformer_blocks.0.attn2.to_k."
@@ -493,6 +635,62 @@ REFUSED_FILES: dict[str, tuple[Callable[[Shapes], Shapes], str]] = {
     "text encoder of a folder": (lambda s: below(s, TEXT), "a text encoder, without"),
     "text encoder, flat": (lambda s: below(s, TEXT + "text_model."), "a text encoder, without"),
     "text encoder, LDM": (lambda s: below(s, TEXT, TEXT), "a text encoder, without"),
+    "training state": (
+        lambda s: below(s, "", "state_dict."),
+        "keeps the model below 'state_dict.', as training states do: save the tensors below it",
+    ),
+    "training state of several cards": (lambda s: below(s, "", "module."), "below 'module.'"),
+    "training state, nested": (lambda s: below(s, "", "model.sd."), "below 'model.sd.'"),
+    "training state with its optimizer": (
+        lambda s: below(s, "", "state_dict.") | OPTIMIZER,
+        "below 'state_dict.'",
+    ),
+    "training state of the VAE": (lambda s: below(s, VAE_, "state_dict." + VAE_), "'state_dict.'"),
+    "optimizer": (lambda s: OPTIMIZER, "an optimizer's state, not a model"),
+    "averaged weights": (averaged, r"is the averaged weights \(EMA\) of a UNet, without its own"),
+    "averaged weights, with the rest": (
+        lambda s: averaged(s) | without(s, UNET),
+        r"is the averaged weights \(EMA\) of a UNet, without its own",
+    ),
+    "no VAE beside averaged weights": (lambda s: averaged(s) | without(s, VAE_), "no VAE"),
+    "VAE and text encoder": (lambda s: without(s, UNET), r"no UNet \(model.diffusion_model"),
+    "decoder": (lambda s: {"decoder.conv_in.weight": (512, 4, 3, 3)}, "a VAE, without"),
+    "VAE, prefixed": (lambda s: {"vae.encoder.conv_in.weight": (128, 3, 3, 3)}, "a VAE, without"),
+    "UNet, LDM": (lambda s: below(s, UNET), "a UNet, without the rest"),
+    "UNet, LDM, prefixed": (lambda s: below(s, UNET, "diffusion_model."), "a UNet, without the"),
+    "shard of a folder's UNet": (
+        lambda s: {f"up_blocks.{i}.resnets.0.norm1.bias": (8,) for i in range(4)},
+        "the UNet of a diffusers folder, without the rest",
+    ),
+    "folder in one file": (
+        lambda s: (
+            {"unet.conv_in.weight": (320, 4, 3, 3), "vae.encoder.conv_in.weight": (128, 3, 3, 3)}
+            | {"text_encoder.text_model.embeddings.token_embedding.weight": (49408, 768)}
+        ),
+        "a diffusers folder put into one file",
+    ),
+    "text encoder, OpenCLIP": (lambda s: {"token_embedding.weight": (9, 8)}, "a text encoder, wi"),
+    "CLIP": (
+        lambda s: (
+            {"vision_model.embeddings.class_embedding": (1024,), "logit_scale": ()}
+            | {"text_model.embeddings.token_embedding.weight": (49408, 768)}
+        ),
+        "CLIP with its image encoder, without the rest",
+    ),
+    "safety checker": (
+        lambda s: {"concept_embeds": (17, 768), "vision_model.vision_model.post.bias": (8,)},
+        "a safety checker",
+    ),
+    "AnimateDiff": (
+        lambda s: {"down_blocks.0.motion_modules.0.temporal_transformer.norm.weight": (320,)},
+        r"a motion module \(AnimateDiff\), not a model",
+    ),
+    "IP-Adapter": (lambda s: {"image_proj.norm.weight": (768,)}, "an IP-Adapter, not a model"),
+    "two small tensors": (lambda s: {"weight": (8, 8), "bias": (8,)}, "no UNet"),
+    "a LoRA's tensor in the UNet": (
+        lambda s: s | {UNET + "input_blocks.1.1.proj_in.lora.down.weight": (4, 32)},
+        "beyond those of Stable Diffusion 1.x, 1 tensor.*lora.down",
+    ),
     "something else": (lambda s: {f"layers.{i}.weight": (8, 8) for i in range(9)}, "no UNet"),
     "no VAE": (lambda s: without(s, VAE_), "no VAE"),
     "no text encoder": (lambda s: without(s, TEXT), "no text encoder"),
@@ -571,6 +769,26 @@ def test_what_a_single_file_may_hold_besides(layouts, tmp_path):
     load_on_cpu(write_sparse(tmp_path / "model.safetensors", shapes | more))
 
 
+@pytest.mark.parametrize(
+    "more, what",
+    [
+        ({"lora_te_text_model_encoder_layers_0.alpha": ()}, "a LoRA"),
+        ({f"lora_unet_{LORA}.lora_down.weight": (4, 320)}, "a LoRA"),
+        ({"unet.down_blocks.0.attn1.to_q.lora_A.weight": (4, 320)}, "a LoRA"),
+        ({"control_model.input_hint_block.0.weight": (16, 3, 3, 3)}, "a ControlNet"),
+        (OPTIMIZER, "an optimizer's state"),
+    ],
+    ids=lambda value: value if isinstance(value, str) else next(iter(value)),
+)
+def test_what_is_left_out_beside_a_whole_model_is_said(layouts, truth, tmp_path, more, what):
+    """A stray tensor does not make a LoRA of a model."""
+    file = tmp_path / "model.safetensors"
+    save_file(load_file(layouts["single"]) | {k: torch.ones(s) for k, s in more.items()}, file)
+    with pytest.warns(UserWarning, match=f"{file} has {what} beside the model: it is left out"):
+        model = load_on_cpu(file)
+    assert torch.equal(model.unet.conv_in.weight, truth.states()["unet"]["conv_in.weight"])
+
+
 def test_v_prediction_is_known_by_metadata_and_by_the_sidecar(layouts, tmp_path):
     shapes = shapes_of(layouts["single"])
     file = tmp_path / "model.safetensors"
@@ -602,6 +820,10 @@ REFUSED_CONFIGS: dict[str, tuple[str, dict[str, Any], str]] = {
     "widths of text": ("unet", {"block_out_channels": "wide"}, "block_out_channels = wide"),
     "no widths": ("unet", {"block_out_channels": []}, r"block_out_channels = \[\]"),
     "negative width": ("unet", {"block_out_channels": [-32, 64]}, r"\[-32, 64\]"),
+    "time embedding": ("unet", {"time_embedding_act_fn": "silu"}, "time_embedding_act_fn = silu"),
+    "scaled residuals": ("unet", {"resnet_out_scale_factor": 2.0}, "resnet_out_scale_factor = 2"),
+    "one level without": ("unet", {"only_cross_attention": [False, True]}, "only_cross_attention"),
+    "text norms": ("text_encoder", {"layer_norm_eps": 1e-6}, "layer_norm_eps = 1e-06"),
     "a level less": ("unet", {"block_out_channels": [32, 64, 96]}, "beyond those|lacks"),
     "layers": ("unet", {"layers_per_block": 3}, "lacks"),
     "layers differ": ("unet", {"layers_per_block": [1, 2, 2, 2]}, r"layers_per_block = \[1, 2"),
@@ -640,6 +862,80 @@ REFUSED_CONFIGS: dict[str, tuple[str, dict[str, Any], str]] = {
     "no timesteps": ("scheduler", {"num_train_timesteps": 0}, "num_train_timesteps = 0"),
     "SDXL index": (".", {"text_encoder_2": ["transformers", "CLIPTextModel"]}, "Diffusion XL or 3"),
 }
+
+
+# Fields with which diffusers loads a folder as well: (part, fields)
+ACCEPTED_CONFIGS: dict[str, tuple[str, dict[str, Any]]] = {
+    "clip skip": ("text_encoder", {"num_hidden_layers": 1}),
+    "no layer at all": ("text_encoder", {"num_hidden_layers": 0}),
+    "upcast": ("unet", {"upcast_attention": True}),
+    "upcast is null": ("unet", {"upcast_attention": None}),
+    "fields for each level": (
+        "unet",
+        {
+            **{"only_cross_attention": [False] * 4, "transformer_layers_per_block": [1] * 4},
+            **{"layers_per_block": [2] * 4, "attention_head_dim": [8] * 4},
+        },
+    ),
+    "fields of training": ("text_encoder", {"attention_dropout": 0.5, "projection_dim": 7}),
+    "training's dropout": ("unet", {"dropout": 0.5}),
+    "upcast of the VAE": ("vae", {"force_upcast": False}),
+}
+
+
+@pytest.mark.parametrize("part, fields", ACCEPTED_CONFIGS.values(), ids=ACCEPTED_CONFIGS)
+def test_folders_are_loaded_as_diffusers_loads_them(folder, part, fields):
+    prompt, settings = "a photo of a cat", dict(num_inference_steps=3, height=64, width=64)
+    plain = generate(load(folder, device="cpu"), prompt, seed=7, **settings).latents
+    edit_json(folder / part / "config.json", **fields)
+    model = load(folder, device="cpu")
+    pipe = diffusers.StableDiffusionPipeline.from_pretrained(folder)
+    pipe.set_progress_bar_config(disable=True)
+    ids = pipe.tokenizer(prompt, padding="max_length", max_length=77, return_tensors="pt").input_ids
+    context = encode(model.text_encoder, [tokenize(model.tokenizer, prompt)])
+    assert distance(context, pipe.text_encoder(ids).last_hidden_state) < 1e-6
+    noise = torch.randn(1, 4, 8, 8, generator=torch.Generator().manual_seed(7))
+    truth = pipe(prompt, latents=noise, output_type="latent", **settings).images
+    ours = generate(model, prompt, seed=7, **settings).latents
+    assert distance(ours, truth) < 1e-4
+    assert (distance(ours, plain) > 1e-3) == ("num_hidden_layers" in fields)
+
+
+def distance(ours: torch.Tensor, truth: torch.Tensor) -> float:
+    return ((ours - truth).norm() / truth.norm()).item()
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+def test_upcast_attention_is_not_missed_in_half_precision(folder, dtype):
+    """Ours without it is as near to float32 as diffusers' with it."""
+    exact = diffusers.UNet2DConditionModel.from_pretrained(folder / "unet")
+    edit_json(folder / "unet" / "config.json", upcast_attention=True)
+    theirs = diffusers.UNet2DConditionModel.from_pretrained(folder / "unet", torch_dtype=dtype)
+    ours, errors = load_on_cpu(folder, dtype).unet, {"ours": 0.0, "theirs": 0.0}
+    generator = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for t in range(1, 1000, 111):
+            x = torch.randn(2, 4, 16, 16, generator=generator)
+            context = torch.randn(2, 77, 128, generator=generator)
+            truth = exact(x, t, context).sample
+            half = x.to(dtype), t, context.to(dtype)
+            errors["ours"] += distance(ours(*half).float(), truth)
+            errors["theirs"] += distance(theirs(*half).sample.float(), truth)
+    assert errors["ours"] <= 1.1 * errors["theirs"]
+
+
+def test_layers_that_are_left_out_are_counted_from_the_end(folder):
+    """Tensors of no layer, and of a layer between, are missed as before."""
+    file = folder / "text_encoder" / "model.safetensors"
+    state = load_file(file)
+    lost = next(name for name in state if "layers.0.mlp.fc1.weight" in name)
+    file.unlink()
+    save_file({name: tensor for name, tensor in state.items() if name != lost}, file)
+    edit_json(folder / "text_encoder" / "config.json", num_hidden_layers=1)
+    assert "Missing key" in refusal(folder)
+    file.unlink()
+    save_file(state | {"extra.weight": torch.ones(1)}, file)
+    assert "extra.weight" in refusal(folder)
 
 
 @pytest.fixture
@@ -875,6 +1171,62 @@ def test_the_smallest_snapshot_is_asked_for_and_announced(hub, layouts, capsys):
     assert second == f"Downloading 2.13 GB of {REPO} to the Hugging Face cache"
 
 
+def with_a_token(folder: Path) -> Path:
+    """The model as of 2022 with a textual inversion: its token stands in a file of its own."""
+    (folder / "tokenizer" / "added_tokens.json").write_text('{"<cat-toy>": 1045}')
+    edit_json(folder / "text_encoder" / "config.json", vocab_size=1046)
+    file = folder / "text_encoder" / "model.safetensors"
+    state = load_file(file)
+    name = next(name for name in state if "token_embedding" in name)
+    state[name] = torch.cat([state[name], torch.full((1, 128), 0.5)])
+    save_file(state, file)
+    return folder
+
+
+def serve(hub: Hub, repository: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The hub has this folder, and a download gives only what was asked for."""
+    files = [file for file in repository.rglob("*") if file.is_file()]
+    hub.sizes = {str(file.relative_to(repository)): file.stat().st_size for file in files}
+
+    def snapshot_download(repo: str, *, allow_patterns: list[str]) -> str:
+        hub.asked.append(set(allow_patterns))
+        target = hub.cache / "served"
+        for name in filter_repo_objects(hub.sizes, allow_patterns=allow_patterns):
+            (target / name).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copyfile(repository / name, target / name)
+        return str(target)
+
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", snapshot_download)
+
+
+@pytest.mark.parametrize("layout", ["diffusers", "diffusers_old", "added token", "both", "none"])
+def test_a_hub_that_serves_what_is_asked_for_gives_the_local_model(
+    hub, layouts, tmp_path, monkeypatch, layout
+):
+    """A token in added_tokens.json was not asked for, and the model refused."""
+    source = layouts["diffusers" if layout == "diffusers" else "diffusers_old"]
+    repository = Path(shutil.copytree(source, tmp_path / "repository"))
+    if layout in ("added token", "both"):
+        with_a_token(repository)
+    if layout == "both":  # as a newer transformers saves it beside the files of before
+        tokenizer = transformers.CLIPTokenizerFast.from_pretrained(repository / "tokenizer")
+        tokenizer.save_pretrained(repository / "tokenizer")
+    if layout == "none":  # the barest: no configs of the tokenizer's
+        for name in ("tokenizer_config.json", "special_tokens_map.json"):
+            (repository / "tokenizer" / name).unlink()
+    (repository / "tokenizer" / "vocab.bin").write_bytes(b"PK\x03\x04")  # nobody needs it
+    serve(hub, repository, monkeypatch)
+    local, remote = load(repository, device="cpu"), load(REPO, device="cpu")
+    prompt = "a photo of <cat-toy> and a cat"
+    ids = tokenize(remote.tokenizer, prompt).ids
+    assert ids == tokenize(local.tokenizer, prompt).ids
+    assert (1045 in ids) == (layout in ("added token", "both"))
+    assert len(remote.tokenizer) == len(local.tokenizer)
+    there = {f"tokenizer/{file.name}" for file in (repository / "tokenizer").iterdir()}
+    (asked,) = hub.asked
+    assert there - asked == {"tokenizer/vocab.bin"}
+
+
 def test_fp16_is_chosen_part_by_part(hub, layouts):
     hub.content = layouts["diffusers"]
     for part in ("vae", "text_encoder"):
@@ -981,8 +1333,20 @@ def test_the_tokenizer_of_a_single_file(hub, layouts, capsys):
 
 # --- the rooms ------------------------------------------------------------------------------------
 
-ROOMS = ("files", "build", "clip", "folder", "single_file", "hub")  # none imports a later one
-APART = {"folder": {"files"}, "single_file": {"files"}}  # whoever reads these needs no others
+ROOMS = (
+    "files",
+    "build",
+    "schedule",
+    "clip",
+    "folder",
+    "single_file",
+    "hub",
+)  # none imports a later one
+APART = {
+    "folder": {"files"},
+    "ema": {"files"},
+    "single_file": {"files", "ema"},
+}  # whoever reads these needs no others
 
 
 def test_rooms_import_one_way():
@@ -990,8 +1354,10 @@ def test_rooms_import_one_way():
     for i, room in enumerate(ROOMS):
         text = (Path(weights.__file__).parent / f"{room}.py").read_text()
         imported = set(re.findall(r"^ *from \.(\w+) import", text, re.MULTILINE))
-        assert imported <= APART.get(room, set(ROOMS[:i]) - {"single_file"}), room
-        assert room in ("single_file", "hub") or not re.search(r"LDM|single_file|hub import", text)
+        assert imported <= APART.get(room, set(ROOMS[:i]) - {"ema", "single_file"}), room
+        assert room in ("ema", "single_file", "hub") or not re.search(
+            r"LDM|single_file|hub import", text
+        )
 
 
 # --- mutated headers ------------------------------------------------------------------------------

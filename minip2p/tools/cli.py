@@ -24,12 +24,13 @@ import torch
 from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 
-from ..align import DEFAULT, Window, Windows, swap_word, window
+from ..align import DEFAULT, Window, Windows, window
 from ..blend import LocalBlend
 from ..edit import PromptEdit, Reweight
 from ..sample import Result, generate
 from ..settings import SCHEDULERS
 from ..weights import StableDiffusion, load
+from ..words import swap_word
 from . import fast, given, show
 from .page import PageStore, page
 from .table import explain

@@ -20,11 +20,12 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from ..align import LENGTH, PUNCTUATION, Alignment, Prompt, bounds
+from ..align import LENGTH, Alignment, Prompt, bounds
 from ..attention import Edit, Site
 from ..edit import PromptEdit
 from ..sample import Result
 from ..store import AttentionStore
+from ..words import bare
 from .show import COLOURS
 from .table import Line, lines, prompt_to_prompt, said
 
@@ -113,7 +114,7 @@ def _words(prompt: Prompt) -> list[_Word]:
     """<begin>, every word that the model sees, and <end>."""
     words = [_Word("<begin>", [0])]
     for match in re.finditer(r"\S+", prompt.text[: prompt.cut]):
-        text = match[0].strip(PUNCTUATION) or match[0]
+        text = bare(match[0])
         start = match.start() + match[0].index(text)
         if tokens := prompt.positions(start, start + len(text)):
             words.append(_Word(text, tokens, start, start + len(text)))

@@ -25,7 +25,7 @@ from torch import nn
 
 from ..unet import UNet
 from ..vae import VAE
-from . import build, clip
+from . import build, clip, schedule
 from .files import WeightsError as WeightsError
 from .files import read
 from .folder import from_folder
@@ -57,17 +57,22 @@ class StableDiffusion:
         return self.unet.conv_in.weight.dtype
 
 
-def find(source: str, half: bool) -> Path:
+def find(source: str, half: bool, ema: bool | None) -> Path:
     """The folder or file that a source means."""
     path = EMOJI if source == "emoji" else Path(os.path.expanduser(source))
-    if source and os.path.exists(path):
-        return path
-    if re.fullmatch(r"\w[\w.-]*/\w[\w.-]*", source) and not source.endswith(".safetensors"):
-        return from_hub(source, half)
-    raise WeightsError(
-        f"There is no {source[:300]!r}: name a folder, a .safetensors file, a hub id such as "
-        "owner/name, or emoji."
-    )
+    exists = source and os.path.exists(path)
+    is_hub = re.fullmatch(r"\w[\w.-]*/\w[\w.-]*", source) and not source.endswith(".safetensors")
+    if not exists and not is_hub:
+        raise WeightsError(
+            f"There is no {source[:300]!r}: name a folder, a .safetensors file, a hub id such as "
+            "owner/name, or emoji."
+        )
+    if ema is not None and not (exists and path.is_file()):
+        raise WeightsError(
+            f"{source} is no single file: ema=True and ema=False (--ema, --no-ema) choose between "
+            "the two UNets that one may have."
+        )
+    return path if exists else from_hub(source, half)
 
 
 def usable(device: str | torch.device | None) -> torch.device:
@@ -89,6 +94,7 @@ def load(
     tokenizer: str | Path | None = None,
     device: str | torch.device | None = None,
     dtype: torch.dtype | None = None,
+    ema: bool | None = None,
 ) -> StableDiffusion:
     """Load a Stable Diffusion 1.x for inference.
 
@@ -98,15 +104,20 @@ def load(
     device: by default CUDA, else MPS, else the CPU.
     dtype: of UNet and text encoder, by default float32. The VAE is always in float32: decoding can
         overflow in half precision.
+    ema: which UNet of a single file that has two: True the average over training (EMA), False the
+        model's own. None finds out which one is meant, and warns if they differ.
     On the CPU the weights stay in their files: do not change those while the model is in use.
     Raises WeightsError, before any weight is read, if there is no model that minip2p can run.
     """
     device, dtype = usable(device), dtype or torch.float32
     half = dtype.itemsize < 4
-    path = find(str(source), half)
-    configs, tensors, folder = from_single_file(path) if path.is_file() else from_folder(path, half)
+    path = find(str(source), half, ema)
+    if path.is_file():
+        configs, tensors, folder = from_single_file(path, ema)
+    else:
+        configs, tensors, folder = from_folder(path, half)
 
-    noise_levels = build.schedule(configs["scheduler"])
+    noise_levels = schedule.noise_levels(configs["scheduler"])
     latents = build.wholes(configs["unet"], "sample_size", 64)
     build.check_text_encoder(configs["text_encoder"], configs["unet"])
     unet = build.blank_unet(configs["unet"], tensors["unet"])
@@ -114,22 +125,15 @@ def load(
 
     folder = Path(tokenizer) if tokenizer else folder or clip_tokenizer()
     words = clip.load_tokenizer(folder)
-    known = build.whole(configs["text_encoder"], "vocab_size", 49408)
-    if len(words) != known:
-        raise WeightsError(
-            f"The tokenizer in {folder} has {len(words)} tokens and the text encoder of {path} has "
-            f"{known}: pass the tokenizer that the model was made with."
-        )
+    clip.check_vocabulary(words, folder, configs["text_encoder"])
     text_weights = read(tensors["text_encoder"], dtype, device)
     text_encoder = clip.load_text_encoder(configs["text_encoder"], text_weights)
-    scheduler = configs["scheduler"].get("_class_name", "PNDMScheduler")  # SD 1.x's own
     return StableDiffusion(
         tokenizer=words,
         text_encoder=text_encoder.to(device),
         unet=build.fill(unet, read(tensors["unet"], dtype, device)),
         vae=build.fill(vae, read(tensors["vae"], torch.float32, device)),
-        # DDIM for the classes that are not here: the plainest sampler of the same noise levels.
-        scheduler="pndm" if scheduler == "PNDMScheduler" else "ddim",
+        scheduler=schedule.sampler(configs["scheduler"]),
         schedule=noise_levels,
         sample_size=(latents[0], latents[-1]),
         defaults=dict(configs["defaults"]),

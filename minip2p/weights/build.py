@@ -20,19 +20,20 @@ UNET_FIELDS = {  # what minip2p builds, and SD 1.x means where the field is abse
     "use_linear_projection": False, "addition_embed_type": None, "time_cond_proj_dim": None,
     "mid_block_type": "UNetMidBlock2DCrossAttn", "mid_block_scale_factor": 1,
     "flip_sin_to_cos": True, "freq_shift": 0, "downsample_padding": 1, "center_input_sample": False,
-    "upcast_attention": False, "only_cross_attention": False, "dual_cross_attention": False,
+    "only_cross_attention": False, "mid_block_only_cross_attention": False,
+    "dual_cross_attention": False,
     "class_embed_type": None, "encoder_hid_dim": None, "transformer_layers_per_block": 1,
     "resnet_time_scale_shift": "default", "attention_type": "default",
+    "resnet_skip_time_act": False, "resnet_out_scale_factor": 1.0, "timestep_post_act": None,
+    "time_embedding_type": "positional", "time_embedding_act_fn": None,
 }
 VAE_FIELDS = {
     "in_channels": 3, "out_channels": 3, "latent_channels": 4, "act_fn": "silu",
     "use_quant_conv": True, "use_post_quant_conv": True, "mid_block_add_attention": True,
     "shift_factor": None, "latents_mean": None, "latents_std": None,
 }
-TEXT_FIELDS = {"hidden_act": "quick_gelu", "max_position_embeddings": 77}
-SCHEDULER_FIELDS = {
-    "prediction_type": "epsilon", "beta_schedule": "scaled_linear", "trained_betas": None,
-    "rescale_betas_zero_snr": False,
+TEXT_FIELDS = {
+    "hidden_act": "quick_gelu", "max_position_embeddings": 77, "layer_norm_eps": 1e-5,
 }
 WHO = {  # has something else there
     "in_channels": "inpainting (9), instruct-pix2pix (8) and depth (5) models",
@@ -40,6 +41,8 @@ WHO = {  # has something else there
     "hidden_act": "Stable Diffusion 2.x", "addition_embed_type": "Stable Diffusion XL",
     "time_cond_proj_dim": "models distilled to few steps (LCM)",
     "mid_block_type": "pruned models (BK-SDM)", "prediction_type": "v-prediction models",
+    "_class_name": "models of another noise (flow matching, EDM, consistency)",
+    "use_flow_sigmas": "flow-matching models", "thresholding": "models of pixels, not of latents",
 }
 # fmt: on
 
@@ -53,9 +56,11 @@ def other(config: Config, name: str, expected: object) -> WeightsError:
 
 def check_fields(config: Config, fields: dict[str, Any]) -> None:
     for name, expected in fields.items():
-        # None, False and 0 mean the same in these fields.
-        if (config.get(name, expected) or None) != (expected or None):
-            raise other(config, name, expected)
+        value = config.get(name, expected)
+        for one in value if isinstance(value, list) else [value]:  # it may be given for each level
+            # None, False and 0 mean the same in these fields.
+            if (one or None) != (expected or None):
+                raise other(config, name, expected)
 
 
 def wholes(config: Config, name: str, default: int | list[int]) -> list[int]:
@@ -111,6 +116,7 @@ def blank(kind: type[Module], config: Config, tensors: Tensors, **more: Any) -> 
 
 
 def blank_unet(config: Config, tensors: Tensors) -> UNet:
+    """upcast_attention has no place in UNET_FIELDS: the softmax is in float32 in any case."""
     check_fields(config, UNET_FIELDS)
     widths = wholes(config, "block_out_channels", [320, 640, 1280, 1280])
     # SD 1.x calls the number of heads attention_head_dim.
@@ -136,18 +142,6 @@ def check_text_encoder(config: Config, unet: Config) -> None:
     width = whole(config, "hidden_size", 768)
     if width != whole(unet, "cross_attention_dim", 768):
         raise other(unet, "cross_attention_dim", f"its text encoder's width, {width}")
-
-
-def schedule(config: Config) -> dict[str, Any]:
-    """How training laid out the noise levels."""
-    check_fields(config, SCHEDULER_FIELDS)
-    return {
-        "num_train_timesteps": whole(config, "num_train_timesteps", 1000),
-        "beta_start": number(config, "beta_start", 0.00085),
-        "beta_end": number(config, "beta_end", 0.012),
-        "steps_offset": 1,  # whatever stands there: diffusers corrects old files so, too
-        "set_alpha_to_one": bool(config.get("set_alpha_to_one")),
-    }
 
 
 def fill(module: Module, state: dict[str, Tensor]) -> Module:

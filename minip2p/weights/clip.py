@@ -5,6 +5,7 @@ They are imported only when one is loaded: that takes seconds.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -14,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from ..align import LENGTH
+from .build import whole
 from .files import Config, WeightsError, one_line
 
 SD1 = {  # CLIP ViT-L/14: what a field means that a config does not have
@@ -54,6 +56,16 @@ def load_tokenizer(folder: Path) -> Any:
         return CLIPTokenizerFast.from_pretrained(folder, local_files_only=True)
 
 
+def check_vocabulary(tokenizer: Any, folder: Path, config: Config) -> None:
+    """Raises WeightsError if the tokenizer is not the one that the text encoder listens to."""
+    known = whole(config, "vocab_size", 49408)
+    if len(tokenizer) != known:
+        raise WeightsError(
+            f"The tokenizer in {folder} has {len(tokenizer)} tokens and the text encoder of "
+            f"{config.path} has {known}: pass the tokenizer that the model was made with."
+        )
+
+
 def blank_text_encoder(sizes: dict[str, Any]) -> nn.Module:
     """CLIP's text encoder on the meta device: it needs no memory."""
     try:
@@ -68,11 +80,18 @@ def blank_text_encoder(sizes: dict[str, Any]) -> nn.Module:
         ) from error
 
 
+def is_skipped(name: str, sizes: dict[str, Any]) -> bool:
+    """Whether it is of a layer above the last one to run, as "clip skip" leaves them in files."""
+    layer = re.match(r"encoder\.layers\.(\d+)\.", name)
+    return layer is not None and int(layer[1]) >= sizes["num_hidden_layers"]
+
+
 def load_text_encoder(config: Config, state: dict[str, Tensor]) -> nn.Module:
     """CLIP's text encoder with `state` as its weights: no copy of them is made.
 
-    config: text_encoder/config.json. state: weights without the prefix "text_model.".
-    Raises WeightsError unless they fit exactly.
+    config: text_encoder/config.json. state: weights without the prefix "text_model.". The config
+    may have fewer layers than there are weights: then the last ones are left out.
+    Raises WeightsError unless they fit exactly otherwise.
     """
     sizes = {name: config.get(name, default) for name, default in SD1.items()}
     with ours(f"The text encoder of {config.path} can't be used"):
@@ -80,7 +99,7 @@ def load_text_encoder(config: Config, state: dict[str, Tensor]) -> nn.Module:
         # transformers 5.6 dropped the prefix from the module.
         has_prefix = next(iter(model.state_dict())).startswith("text_model.")
         prefix = "text_model." if has_prefix else ""
-        named = {prefix + name: tensor for name, tensor in state.items()}
+        named = {prefix + name: t for name, t in state.items() if not is_skipped(name, sizes)}
         model.load_state_dict(named, strict=True, assign=True)
         # The one buffer that files do not hold (old ones do, and merges have damaged it there).
         embeddings = model.get_submodule(prefix + "embeddings")

@@ -5,7 +5,8 @@ from __future__ import annotations
 import json
 import os
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
 
@@ -148,22 +149,29 @@ def names_twice(header: bytes) -> list[str]:
     return found
 
 
-def read(tensors: Tensors, dtype: torch.dtype, device: torch.device) -> dict[str, Tensor]:
-    """Views of the mapped file where it has that dtype and the device is the CPU, else copies."""
+@contextmanager
+def opened(path: Path) -> Iterator[Any]:
+    """A safetensors file whose header has been read before. Its errors become ours."""
     from safetensors import SafetensorError, safe_open
 
-    state = {}
     try:
-        with safe_open(tensors.path, framework="pt") as file:
-            for name, stored in tensors.items():
-                tensor = file.get_tensor(stored.key).to(dtype)
-                if tensor.data_ptr() % tensor.element_size():  # old files do not pad their header
-                    tensor = tensor.clone()
-                state[name] = tensor.to(device)
+        with safe_open(path, framework="pt") as file:
+            yield file
     except OSError as error:
-        raise unreadable(tensors.path, error) from error
+        raise unreadable(path, error) from error
     except SafetensorError as error:
-        raise damaged(tensors.path, str(error)) from error
+        raise damaged(path, one_line(error)) from error
+
+
+def read(tensors: Tensors, dtype: torch.dtype, device: torch.device) -> dict[str, Tensor]:
+    """Views of the mapped file where it has that dtype and the device is the CPU, else copies."""
+    state = {}
+    with opened(tensors.path) as file:
+        for name, stored in tensors.items():
+            tensor = file.get_tensor(stored.key).to(dtype)
+            if tensor.data_ptr() % tensor.element_size():  # old files do not pad their header
+                tensor = tensor.clone()
+            state[name] = tensor.to(device)
     return state
 
 

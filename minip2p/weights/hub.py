@@ -13,10 +13,11 @@ CLIP = "openai/clip-vit-large-patch14"  # whose tokenizer SD 1.x uses
 MOVED = {"runwayml/stable-diffusion-v1-5": "stable-diffusion-v1-5/stable-diffusion-v1-5"}
 
 VOCABULARY = ("vocab.json", "merges.txt", "tokenizer_config.json", "special_tokens_map.json")
+TOKENIZER = (*VOCABULARY, "added_tokens.json", "tokenizer.json")  # what a tokenizer may be made of
 SMALL_FILES = (  # all that is asked of a repository beside its weights
     *("model_index.json", "minip2p.json", "scheduler/scheduler_config.json"),
     *(f"{part}/config.json" for part in STEMS),
-    *(f"tokenizer/{name}" for name in (*VOCABULARY, "tokenizer.json")),
+    *(f"tokenizer/{name}" for name in TOKENIZER),
 )
 
 

@@ -6,31 +6,45 @@ Its shapes tell what a folder has config files for; its names become the publish
 from __future__ import annotations
 
 import re
+import warnings
 from itertools import count, takewhile
 from pathlib import Path
 from typing import Any
 
+from .ema import takes_average
 from .files import Config, Source, Tensors, WeightsError, read_header, renamed, replace_all
 
-# Where a single file keeps its parts. The EMA UNet, an average over training, is what folders hold.
 LDM_UNET, LDM_EMA = "model.diffusion_model.", "model_ema."
 LDM_VAE, LDM_TEXT = "first_stage_model.", "cond_stage_model.transformer."
 LDM_TRAINING = ("first_stage_model.loss.", "first_stage_model.model_ema.")  # what it left behind
 
-FOREIGN = {  # names in what is no SD 1.x
-    r"^lora_(unet|te)|[._]lora[._](down|up|A|B)\.|\.(hada_w1_a|lokr_w1)$": "a LoRA, not a model",
-    r"^control_model\.|controlnet_cond_embedding\.|(^|\.)input_hint_block\.": "a "
-    "ControlNet, not a model",
+# Names are recognised by regular expressions, the first that is found deciding.
+PARTS = {"UNet": LDM_UNET, "VAE": LDM_VAE, "text encoder": LDM_TEXT}
+OTHER_MODELS = {  # names in models that are no SD 1.x
     r"^conditioner\.embedders\.|^model\.diffusion_model\.label_emb\.": "Stable Diffusion XL",
     r"joint_blocks\.": "Stable Diffusion 3",
     r"double_blocks\.": "a Flux model",
     r"^cond_stage_model\.model\.": "Stable Diffusion 2.x",
 }
-LONE = {  # names in what has no UNet where a single file has it
-    r"^down_blocks\.": "the UNet of a diffusers folder, without the rest",
-    r"^(encoder|decoder)\.conv_in\.|^first_stage_model\.": "a VAE, without the rest",
-    r"embeddings\.token_embedding\.": "a text encoder, without the rest",
+ADDITIONS = {  # names in what is added to a model
+    r"^lora_(unet|te)|[._]lora[._](down|up|A|B)\.|\.(hada_w1_a|lokr_w1)$": "a LoRA",
+    r"^control_model\.|controlnet_cond_embedding\.|(^|\.)input_hint_block\.": "a ControlNet",
+    r"\.(motion_modules|temporal_transformer)\.": "a motion module (AnimateDiff)",
+    r"^(ip_adapter|image_proj)\.": "an IP-Adapter",
+    r"(^|\.)(exp_avg|exp_avg_sq|momentum_buffer)(\.|$)": "an optimizer's state",
 }
+LONE = {  # names in what has no UNet where a single file has it
+    r"^model_ema\.diffusion_model": "the averaged weights (EMA) of a UNet, without its own",
+    r"^unet\.(conv_in|down_blocks)\.": "a diffusers folder put into one file",
+    r"^(down|up)_blocks\.|^mid_block\.": "the UNet of a diffusers folder, without the rest",
+    r"^(diffusion_model\.)?(input|output)_blocks\.": "a UNet, without the rest",
+    r"^(vae\.)?(encoder|decoder)\.conv_in\.|^first_stage_model\.": "a VAE, without the rest",
+    r"^(concept|special_care)_embeds": "a safety checker",
+    r"(^|\.)(vision_model|visual)\.": "CLIP with its image encoder, without the rest",
+    r"(^|\.)token_embedding\.weight$": "a text encoder, without the rest",
+}
+INSIDE = r"^(.+?\.)(model\.diffusion_model|first_stage_model|cond_stage_model)\."
+EMBEDDINGS = ((768,), (1024,), (1280,))  # the widths of text encoders
 
 # fmt: off
 UNET_NAMES = {  # LDM's → published
@@ -76,20 +90,46 @@ def vae_name(key: str, levels: int) -> str:
     return replace_all(key, VAE_NAMES)
 
 
-def recognise(tensors: Tensors) -> None:
+def recognise(file: Tensors) -> None:
     """Raises WeightsError if the names are not those of SD 1.x, and says whose they are."""
-    path, names = tensors.path, "\n".join(tensors)
-    has_unet = any(name.startswith(LDM_UNET) for name in tensors)
-    for pattern, what in {**FOREIGN, **({} if has_unet else LONE)}.items():
-        if re.search(pattern, names, re.MULTILINE):
-            raise WeightsError(f"{path} is {what}: load a whole Stable Diffusion 1.x model.")
-    if not has_unet and len(tensors) <= 3:
-        raise WeightsError(f"{path} is a textual inversion, not a model: load a model.")
-    for prefix, part in (LDM_UNET, "UNet"), (LDM_VAE, "VAE"), (LDM_TEXT, "text encoder"):
-        if not any(name.startswith(prefix) for name in tensors):
+    path, names = file.path, "\n".join(file)
+    lacking = [part for part, prefix in PARTS.items() if f"\n{prefix}" not in f"\n{names}"]
+    beside = [name for name in file if not name.startswith(tuple(PARTS.values()))]
+    addition = first_match(ADDITIONS, "\n".join(beside))
+    what = first_match(OTHER_MODELS, names)
+    if lacking and not what:
+        if inside := re.search(INSIDE, names, re.MULTILINE):
             raise WeightsError(
-                f"{path} has no {part} ({prefix}…): load a whole Stable Diffusion 1.x checkpoint."
+                f"{path} keeps the model below {inside[1]!r}, as training states do: save the "
+                "tensors below it alone, without that prefix."
             )
+        what = f"{addition}, not a model" if addition else alone(file, names, lacking)
+    if what:
+        raise WeightsError(f"{path} is {what}: load a whole Stable Diffusion 1.x model.")
+    if lacking:
+        raise WeightsError(
+            f"{path} has no {lacking[0]} ({PARTS[lacking[0]]}…): load a whole Stable Diffusion 1.x "
+            "checkpoint."
+        )
+    if addition:
+        warnings.warn(f"{path} has {addition} beside the model: it is left out.", stacklevel=4)
+
+
+def alone(file: Tensors, names: str, lacking: list[str]) -> str | None:
+    """Which single part of a model the file is."""
+    if "UNet" not in lacking:
+        return None
+    if len(file) <= 3 and all(stored.shape[-1:] in EMBEDDINGS for stored in file.values()):
+        return "a textual inversion, not a model"
+    if len(lacking) > 1 or "model_ema.diffusion_model" in names:
+        return first_match(LONE, names)
+    return None
+
+
+def first_match(table: dict[str, str], names: str) -> str | None:
+    """What the first pattern that is in the names stands for."""
+    found = (what for pattern, what in table.items() if re.search(pattern, names, re.MULTILINE))
+    return next(found, None)
 
 
 def predicts_v(tensors: Tensors, metadata: dict[str, str]) -> bool:
@@ -114,7 +154,8 @@ def axes(tensors: Tensors, name: str, start: int = 0, step: int = 1) -> list[int
     return [axis(tensors, name) for name in names]
 
 
-def unet_config(file: Tensors) -> dict[str, Any]:
+def unet_config(file: Tensors, width: int) -> dict[str, Any]:
+    """width: of the text encoder, for a UNet that has lost its middle block."""
     resnet = LDM_UNET + "input_blocks.{}.0.out_layers.3.weight"
     to_k = LDM_UNET + "middle_block.1.transformer_blocks.0.attn2.to_k.weight"
     proj_in = LDM_UNET + "middle_block.1.proj_in.weight"
@@ -123,7 +164,7 @@ def unet_config(file: Tensors) -> dict[str, Any]:
         "in_channels": axis(file, LDM_UNET + "input_blocks.0.0.weight", 1),
         "layers_per_block": n,
         "block_out_channels": axes(file, resnet, 1, n + 1),
-        "cross_attention_dim": axis(file, to_k, 1),
+        "cross_attention_dim": axis(file, to_k, 1) or width,
         "use_linear_projection": proj_in in file and len(file[proj_in].shape) == 2,
         "time_cond_proj_dim": axis(file, LDM_UNET + "time_embed.cond_proj.weight", 1),
     }
@@ -149,32 +190,34 @@ def text_config(clip: Tensors) -> dict[str, Any]:
     }
 
 
-def from_single_file(path: Path) -> Source:
+def from_single_file(path: Path, ema: bool | None = None) -> Source:
+    """ema: the averaged UNet, or the model's own; None finds out which one is meant."""
     file, metadata = read_header(path)
     recognise(file)
     for key in [key for key in file if key.startswith(LDM_TRAINING)]:
         del file[key]
     clip = renamed(file, lambda key: key.replace(".text_model.", "."), LDM_TEXT)
+    text = text_config(clip)
     fields = {
-        "unet": unet_config(file),
+        "unet": unet_config(file, text["hidden_size"]),
         "vae": vae_config(file),
-        "text_encoder": text_config(clip),
+        "text_encoder": text,
         "scheduler": {"prediction_type": "v_prediction" if predicts_v(file, metadata) else None},
         "defaults": {},
     }
-    # Without middle block it has no such tensor: that is what must be said of it then.
-    fields["unet"]["cross_attention_dim"] = (
-        fields["unet"]["cross_attention_dim"] or fields["text_encoder"]["hidden_size"]
-    )
     # What the shapes do not tell is SD 1.x's default, so that a tensor that is not there is missed
     # when the modules are built.
     configs = {
         part: Config(path, {name: value for name, value in those.items() if value})
         for part, those in fields.items()
     }
-    ema = {k: LDM_EMA + k[6:].replace(".", "") for k in file if k.startswith(LDM_UNET)}
-    if all(name in file for name in ema.values()):
-        file.update({key: file[name] for key, name in ema.items()})
+    averages = {
+        key: LDM_EMA + key.removeprefix("model.").replace(".", "")
+        for key in file
+        if key.startswith(LDM_UNET)
+    }
+    if takes_average(file, averages, "merge" in " ".join(metadata), ema):
+        file.update({key: file[average] for key, average in averages.items()})
     n, levels = fields["unet"]["layers_per_block"], len(fields["vae"]["block_out_channels"])
     tensors = {
         "unet": renamed(file, lambda key: unet_name(key, n), LDM_UNET),

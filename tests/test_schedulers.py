@@ -1,0 +1,373 @@
+"""What a scheduler's config says: honoured to the bit of diffusers, refused, or without effect.
+
+The truth is diffusers' scheduler after its Stable Diffusion pipeline has corrected it.
+"""
+
+import inspect
+import json
+import shutil
+import warnings
+from pathlib import Path
+from typing import Any
+
+import diffusers
+import pytest
+import torch
+from models import edit_json, make_layouts
+from torch import Tensor
+
+import minip2p
+from minip2p.scheduler import SPACINGS
+from minip2p.weights import WeightsError, load, schedule
+
+OURS = {"DDIMScheduler": minip2p.DDIM, "PNDMScheduler": minip2p.PNDM}
+SD = {
+    **{"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear"},
+    **{"steps_offset": 1, "set_alpha_to_one": False, "skip_prk_steps": True, "clip_sample": False},
+}
+
+
+@pytest.fixture(scope="module")
+def narrow(tmp_path_factory) -> Path:
+    return make_layouts(tmp_path_factory.mktemp("narrow"))["diffusers"]
+
+
+@pytest.fixture(scope="module")
+def pipeline(narrow) -> diffusers.StableDiffusionPipeline:
+    pipe = diffusers.StableDiffusionPipeline.from_pretrained(narrow)
+    pipe.set_progress_bar_config(disable=True)
+    return pipe
+
+
+@pytest.fixture
+def folder(narrow, tmp_path) -> Path:
+    """A copy of the narrow model whose scheduler's config may be changed."""
+    copy = tmp_path / "model"
+    copy.mkdir()
+    for part in narrow.iterdir():
+        if part.name != "scheduler":
+            (copy / part.name).symlink_to(part)
+    shutil.copytree(narrow / "scheduler", copy / "scheduler")
+    return copy
+
+
+def configured(folder: Path, **fields: Any) -> Path:
+    """The scheduler's config becomes SD's with these fields; those given as ... are removed."""
+    file = folder / "scheduler" / "scheduler_config.json"
+    file.write_text(json.dumps({"_class_name": "PNDMScheduler"} | SD))
+    edit_json(file, **fields)
+    return file
+
+
+def corrected(pipeline: diffusers.StableDiffusionPipeline, kind: str, config: Any) -> Any:
+    """diffusers' scheduler of a config, as its pipeline leaves it."""
+    scheduler = getattr(diffusers, kind).from_config(config)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # that it corrects the config
+        return diffusers.StableDiffusionPipeline(
+            **(pipeline.components | {"scheduler": scheduler}), requires_safety_checker=False
+        ).scheduler
+
+
+def trajectory(scheduler: Any, steps: int | None = None) -> tuple[list[int], Tensor]:
+    """Timesteps and latents of a run whose predictions are the same noise for everybody."""
+    if steps is not None:
+        scheduler.set_timesteps(steps)
+    predictions = torch.Generator().manual_seed(2)
+    x, latents = torch.randn(1, 4, 4, 4, generator=torch.Generator().manual_seed(1)), []
+    timesteps = [int(t) for t in scheduler.timesteps]
+    for t in timesteps:
+        x = scheduler.step(torch.randn(x.shape, generator=predictions), t, x)
+        x = x if isinstance(x, Tensor) else x.prev_sample
+        latents.append(x)
+    return timesteps, torch.cat(latents)
+
+
+def assert_same_run(ours: Any, theirs: Any, steps: int) -> None:
+    (timesteps, latents), (true_timesteps, truth) = trajectory(ours), trajectory(theirs, steps)
+    assert timesteps == true_timesteps
+    assert torch.equal(latents, truth)
+
+
+# --- spacings -------------------------------------------------------------------------------------
+
+
+def test_spacings_worked_out_by_hand():
+    def of(spacing, steps, kind=minip2p.DDIM, **settings):
+        return kind(steps, timestep_spacing=spacing, **settings).timesteps
+
+    assert of("leading", 4) == [751, 501, 251, 1]
+    assert of("trailing", 4) == [999, 749, 499, 249]
+    assert of("linspace", 4) == [999, 666, 333, 0]
+    assert of("trailing", 4, minip2p.PNDM) == [999, 749, 749, 499, 249]
+    assert of("linspace", 4, minip2p.PNDM) == [999, 666, 666, 333, 0]
+    # 1 step: the whole noise in one stride, but for linspace, which begins and ends at 0.
+    assert [of(s, 1) for s in SPACINGS] == [[1], [999], [0]]
+    # 500 lies in the middle: halves go to the even side, 499.5 to 500.
+    assert of("linspace", 3) == [999, 500, 0]
+    # The offset is of leading alone.
+    assert [of(s, 2, steps_offset=0) for s in SPACINGS] == [[500, 0], [999, 499], [999, 0]]
+
+
+@pytest.mark.parametrize("kind", OURS)
+@pytest.mark.parametrize("spacing", SPACINGS)
+def test_spacings_are_diffusers_to_the_bit(spacing, kind, pipeline):
+    theirs = corrected(pipeline, kind, SD | {"timestep_spacing": spacing})
+    for steps in range(1, 51):
+        assert_same_run(OURS[kind](steps, timestep_spacing=spacing), theirs, steps)
+
+
+@pytest.mark.parametrize("kind", OURS)
+@pytest.mark.parametrize("spacing", SPACINGS)
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"set_alpha_to_one": True},
+        {"num_train_timesteps": 100},
+        {"beta_start": 0.001, "beta_end": 0.02},
+    ],
+    ids=lambda fields: next(iter(fields)),
+)
+def test_spacings_with_other_noise_levels(spacing, kind, fields, pipeline):
+    theirs = corrected(pipeline, kind, SD | fields | {"timestep_spacing": spacing})
+    for steps in (1, 2, 3, 7, 24, 47):
+        assert_same_run(OURS[kind](steps, timestep_spacing=spacing, **fields), theirs, steps)
+
+
+@pytest.mark.parametrize("spacing", SPACINGS)
+def test_spacings_with_new_noise(spacing, pipeline):
+    theirs = corrected(pipeline, "DDIMScheduler", SD | {"timestep_spacing": spacing})
+    for steps in (1, 5, 31, 48):
+        theirs.set_timesteps(steps)
+        noises = [torch.Generator().manual_seed(5) for _ in range(2)]
+        ours = minip2p.DDIM(steps, eta=0.6, generator=noises[0], timestep_spacing=spacing)
+        x = y = torch.randn(1, 4, 4, 4, generator=torch.Generator().manual_seed(1))
+        for t in ours.timesteps:
+            x = theirs.step(x.cos(), t, x, eta=0.6, generator=noises[1]).prev_sample
+            y = ours.step(y.cos(), t, y)
+            assert torch.equal(x, y), (steps, t)
+
+
+def test_every_number_of_steps_stays_within_training():
+    """diffusers' trailing goes on to timestep -1 at 61 steps, as numpy's ranges may."""
+    theirs = diffusers.DDIMScheduler(timestep_spacing="trailing")
+    theirs.set_timesteps(61)
+    assert theirs.timesteps[-1] == -1
+    assert minip2p.DDIM(61, timestep_spacing="trailing").timesteps == theirs.timesteps[:-1].tolist()
+    for spacing in SPACINGS:
+        for steps in range(1, 1000):
+            timesteps = minip2p.DDIM(steps, timestep_spacing=spacing).timesteps
+            assert len(timesteps) == len(set(timesteps)) == steps
+            assert timesteps == sorted(timesteps, reverse=True)
+            assert timesteps[-1] >= 0 and timesteps[0] <= 999
+
+
+@pytest.mark.parametrize("kind", OURS)
+def test_a_config_changes_the_whole_run_as_in_diffusers(folder, pipeline, kind):
+    """The issue's case: 4 steps of "trailing" differed from diffusers' by 0.71."""
+    file = configured(folder, _class_name=kind, timestep_spacing="trailing")
+    model = load(folder, device="cpu")
+    assert model.schedule["timestep_spacing"] == "trailing"
+    settings = dict(num_inference_steps=4, height=64, width=64, guidance_scale=7.5)
+    ours = minip2p.generate(model, "a photo of a cat", seed=7, **settings).latents
+    theirs = diffusers.StableDiffusionPipeline(
+        **(pipeline.components | {"scheduler": corrected(pipeline, kind, load_json(file))}),
+        requires_safety_checker=False,
+    )
+    theirs.set_progress_bar_config(disable=True)
+    noise = torch.randn(1, 4, 8, 8, generator=torch.Generator().manual_seed(7))
+    truth = theirs("a photo of a cat", latents=noise, output_type="latent", **settings).images
+    assert (ours - truth).norm() / truth.norm() < 1e-4
+
+
+def load_json(file: Path) -> dict[str, Any]:
+    return json.loads(file.read_text())
+
+
+@pytest.mark.parametrize(
+    "arguments, says",
+    [
+        ({"timestep_spacing": "karras"}, "leading, trailing, linspace, not 'karras'"),
+        ({"timestep_spacing": None}, "leading, trailing, linspace, not None"),
+        ({"steps_offset": 20}, "steps_offset 20 the run would leave timesteps 0 to 999"),
+        ({"steps_offset": -1}, "steps_offset -1 the run would leave"),
+    ],
+)
+def test_mistakes_of_a_scheduler(arguments, says):
+    with pytest.raises(ValueError, match=says):
+        minip2p.DDIM(50, **arguments)
+
+
+def test_the_largest_offset_is_within_training():
+    assert minip2p.DDIM(50, steps_offset=19).timesteps[0] == 999
+
+
+# --- every field of a config ----------------------------------------------------------------------
+
+HONOURED = {  # field: another value
+    "num_train_timesteps": 500,
+    "beta_start": 0.001,
+    "beta_end": 0.02,
+    "set_alpha_to_one": True,
+    "timestep_spacing": "linspace",
+}
+REFUSED: dict[str, Any] = {
+    "beta_schedule": "squaredcos_cap_v2",
+    "trained_betas": [0.1] * 1000,
+    "prediction_type": "sample",
+    "thresholding": True,
+    "rescale_betas_zero_snr": True,
+}
+WITHOUT_EFFECT = {
+    "steps_offset": 0,
+    "clip_sample": True,
+    "clip_sample_range": 0.1,
+    "dynamic_thresholding_ratio": 0.5,
+    "sample_max_value": 0.1,
+}
+SAID = {"skip_prk_steps": False}  # runs, with a warning
+
+
+def fields_of(kind: str) -> set[str]:
+    return set(inspect.signature(getattr(diffusers, kind)).parameters)
+
+
+def test_every_field_of_ddim_and_pndm_has_its_place():
+    places = [set(HONOURED), set(REFUSED), set(WITHOUT_EFFECT), set(SAID)]
+    assert set().union(*places) >= fields_of("DDIMScheduler") | fields_of("PNDMScheduler")
+    assert sum(map(len, places)) == len(set().union(*places))
+    assert set(schedule.WITHOUT_EFFECT) == set(WITHOUT_EFFECT)
+    assert set(schedule.REFUSED) == set(REFUSED) | {"use_flow_sigmas"}
+
+
+ACTING = [
+    (kind, name) for kind in OURS for name in (HONOURED | WITHOUT_EFFECT) if name in fields_of(kind)
+]
+
+
+@pytest.mark.parametrize("kind, name", ACTING)
+def test_fields_act_as_in_diffusers(folder, pipeline, kind, name):
+    """Honoured ones change the run, those without effect do not; diffusers' run is the same."""
+    file = configured(folder, _class_name=kind, **{name: (HONOURED | WITHOUT_EFFECT)[name]})
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        model = load(folder, device="cpu")
+    ours = OURS[kind](9, **model.schedule)
+    assert_same_run(ours, corrected(pipeline, kind, load_json(file)), 9)
+    changes = not torch.equal(trajectory(ours)[1], trajectory(OURS[kind](9))[1])
+    assert changes == (name in HONOURED)
+
+
+@pytest.mark.parametrize("kind", [*OURS, "EulerDiscreteScheduler"])
+@pytest.mark.parametrize("name", REFUSED)
+def test_fields_that_are_refused(folder, kind, name):
+    configured(folder, _class_name=kind, **{name: REFUSED[name]})
+    with pytest.raises(WeightsError, match=rf"scheduler_config.json has {name} = .* has .*: load"):
+        load(folder, device="cpu")
+
+
+def test_absent_fields_are_those_of_sd(folder, pipeline):
+    (folder / "scheduler" / "scheduler_config.json").write_text("{}")
+    model = load(folder, device="cpu")
+    assert model.scheduler == "pndm"
+    assert_same_run(minip2p.PNDM(9, **model.schedule), corrected(pipeline, "PNDMScheduler", SD), 9)
+
+
+@pytest.mark.parametrize("spacing", ["karras", 5, ["leading"]], ids=str)
+def test_spacings_that_are_refused(folder, spacing):
+    configured(folder, timestep_spacing=spacing)
+    with pytest.raises(WeightsError, match=r"timestep_spacing = .*leading or trailing or linspace"):
+        load(folder, device="cpu")
+
+
+# --- every class ----------------------------------------------------------------------------------
+
+AS_DDIM = {
+    *("DDIMInverseScheduler", "DDIMParallelScheduler", "DDPMParallelScheduler", "DDPMScheduler"),
+    *("DEISMultistepScheduler", "DPMSolverMultistepInverseScheduler"),
+    *("DPMSolverMultistepScheduler", "DPMSolverSDEScheduler", "DPMSolverSinglestepScheduler"),
+    *("EulerAncestralDiscreteScheduler", "EulerDiscreteScheduler", "HeunDiscreteScheduler"),
+    *("KDPM2AncestralDiscreteScheduler", "KDPM2DiscreteScheduler", "LMSDiscreteScheduler"),
+    *("SASolverScheduler", "UniPCMultistepScheduler"),
+}
+FEW_STEPS = {"LCMScheduler", "TCDScheduler"}
+CLASSES = sorted(name for name in dir(diffusers) if name.endswith("Scheduler"))
+
+
+def warned(folder: Path) -> list[str]:
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        model = load(folder, device="cpu")
+    assert model.scheduler == "ddim"
+    return [str(warning.message) for warning in caught]
+
+
+@pytest.mark.parametrize("name", CLASSES)
+def test_every_class_of_diffusers(folder, name):
+    """Runs as itself, runs as DDIM with one line that says so, or is refused."""
+    file = configured(folder, _class_name=name)
+    if name in OURS:
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            assert load(folder, device="cpu").scheduler == name[:4].lower()
+    elif name in AS_DDIM | FEW_STEPS:
+        (line,) = warned(folder)
+        assert line.startswith(f"{file} asks for {name}: DDIM takes its place")
+        assert ("--steps 8 --guidance 1" in line) == (name in FEW_STEPS)
+    else:
+        with pytest.raises(WeightsError, match=f"_class_name = {name}, as models of another noise"):
+            load(folder, device="cpu")
+
+
+def test_the_classes_that_the_issue_names_are_there():
+    assert {*AS_DDIM, *FEW_STEPS, *OURS} <= set(CLASSES)
+    assert {"FlowMatchEulerDiscreteScheduler", "EDMEulerScheduler"} <= set(CLASSES)
+
+
+@pytest.mark.parametrize("name", ["EulerDiscreteSchedulerOfMine", "DPMSolver3Scheduler"])
+def test_new_classes_of_the_family_run(folder, name):
+    configured(folder, _class_name=name)
+    assert len(warned(folder)) == 1
+
+
+@pytest.mark.parametrize("name", ["MyFlowScheduler", "EulerEDM and more", 7, ["DDIMScheduler"]])
+def test_classes_that_nobody_knows_are_refused(folder, name):
+    configured(folder, _class_name=name)
+    with pytest.raises(WeightsError, match="_class_name = "):
+        load(folder, device="cpu")
+
+
+def test_a_flow_in_the_clothes_of_another_class_is_refused(folder):
+    for name in ("DPMSolverMultistepScheduler", "UniPCMultistepScheduler"):
+        configured(folder, _class_name=name, use_flow_sigmas=True)
+        with pytest.raises(WeightsError, match="use_flow_sigmas = True, as flow-matching models"):
+            load(folder, device="cpu")
+
+
+@pytest.mark.parametrize("name", sorted(FEW_STEPS))
+def test_distilled_models_begin_where_their_own_scheduler_does(folder, name):
+    """Leading would begin at 876, where training had less noise than a run begins with."""
+    file = configured(folder, _class_name=name, timestep_spacing="leading")
+    warned(folder)
+    theirs = getattr(diffusers, name).from_config(load_json(file))
+    theirs.set_timesteps(8)
+    with pytest.warns(UserWarning):
+        ours = minip2p.DDIM(8, **load(folder, device="cpu").schedule).timesteps
+    assert ours[0] == theirs.timesteps[0] == 999
+    for mine, other in zip(ours, theirs.timesteps.tolist(), strict=True):
+        assert abs(mine - other) <= 20  # LCM's come from a grid of 50 steps
+
+
+def test_runge_kutta_steps_are_said_to_be_left_out(folder):
+    file = configured(folder, skip_prk_steps=False)
+    with pytest.warns(UserWarning, match=f"{file} asks for skip_prk_steps = False: PNDM runs"):
+        assert load(folder, device="cpu").scheduler == "pndm"
+    # Only PNDM has such steps.
+    configured(folder, _class_name="DDIMScheduler", skip_prk_steps=False)
+    assert not warned(folder)
+
+
+def test_the_bundled_model_is_loaded_without_a_word():
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        load(device="cpu")
