@@ -222,6 +222,23 @@ def test_edit_friendly_noises_are_not_small(friendly):
     assert all(torch.corrcoef(z[i : i + 2])[0, 1] < 0 for i in range(len(z) - 2))
 
 
+@pytest.mark.parametrize("spacing", ["trailing", "linspace"])
+@pytest.mark.parametrize("steps", [3, 7])
+def test_other_spacings_of_timesteps(model, bird, spacing, steps):
+    """A step and its inverse belong to the same two levels, whatever lies between two timesteps."""
+    other = replace(model, schedule={**model.schedule, "timestep_spacing": spacing})
+    settings = {"num_inference_steps": steps}
+    for method in ("direct", "edit-friendly"):
+        source = invert(other, bird, BIRD, method=method, **settings)
+        out = minip2p.generate(other, [BIRD, LION], edit="auto", source=source)
+        assert torch.equal(out.latents[0], source.trajectory[-1]) and out.latents.isfinite().all()
+    source = invert(other, bird, BIRD, method="ddim", refinements=20, **settings)
+    back = minip2p.generate(other, BIRD, source=source, guidance_scale=1).latents[0]
+    once = invert(other, bird, BIRD, method="ddim", **settings)
+    plainly = minip2p.generate(other, BIRD, source=once, guidance_scale=1).latents[0]
+    assert error(back, source.trajectory[-1]) < 0.3 * error(plainly, once.trajectory[-1])
+
+
 # ---- Settings ------------------------------------------------------------------------------------
 
 
