@@ -79,8 +79,10 @@ def as_latents(latents: Any, b: int) -> Tensor | None:
     """
     if latents is None:
         return None
-    try:  # a copy, since torch warns of an array that can't be written to
-        x = torch.tensor(latents) if isinstance(latents, np.ndarray) else latents
+    x = latents
+    try:
+        if isinstance(x, np.ndarray):  # a copy: torch warns of one that can't be written to
+            x = torch.from_numpy(x.astype(x.dtype.newbyteorder("=")))
     except TypeError:  # an array of strings or of objects
         x = None
     if not isinstance(x, Tensor) or x.is_complex():

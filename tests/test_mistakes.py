@@ -201,9 +201,16 @@ edit("no edits without an edited prompt", [], "edited prompt", prompts=(SQUIRREL
 # --- generate ------------------------------------------------------------------------------------
 
 mistake("no prompts", lambda given: minip2p.generate(given.model, []), "prompt", "[]")
-for wrong in (None, 5, {"cat": 1}, {"cat"}, np.array([]), np.array([5]), iter(["cat"])):
+for wrong in (None, 5, {"cat": 1}, {"cat"}):
     mistake(f"prompts {wrong!r}", lambda given, wrong=wrong: minip2p.generate(given.model, wrong),
               "prompt", repr(wrong))  # fmt: skip
+for wrong, name in (
+    (np.array([]), "ndarray"),
+    (np.array([5]), "5"),
+    (iter(["cat"]), "list_iterator"),
+):
+    mistake(f"prompts in {name}", lambda given, wrong=wrong: minip2p.generate(given.model, wrong),
+              "prompt", name)  # fmt: skip
 generate("prompt that is no string", ["prompt", "5"], SQUIRREL, 5)
 generate("prompt that is bytes", ["prompt", "b'cat'"], b"cat")
 for wrong in (5, ["a", "b"]):
