@@ -7,29 +7,20 @@ from __future__ import annotations
 
 import copy
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from PIL import Image
 from torch import Tensor
-from tqdm import tqdm
 
-from . import text
+from . import settings, text
 from .attention import Edit, Guided, Words, coarse_size
 from .edit import Edits
 from .invert import Inversion, check_source
+from .progress import tqdm
 from .scheduler import DDIM
-from .settings import (
-    bind_to,
-    check_latents,
-    check_settings,
-    choose,
-    latent_size,
-    list_of,
-    make_scheduler,
-)
 from .store import AttentionStore, Chain
 from .unet import UNet
 from .vae import to_images
@@ -77,7 +68,7 @@ class Result:
     images: list[Image.Image]
     latents: Tensor  # b 4 h w, float32, on the model's device
     attention: AttentionStore | None
-    settings: dict[str, Any] = field(repr=False)  # what repeats the run
+    settings: dict[str, Any] = field(repr=False)  # what repeats the run, or says that it can't
     edit: Edit | None = field(default=None, repr=False)  # as it was bound to the prompts
     source: Inversion | None = field(default=None, repr=False)  # the picture that was given
 
@@ -93,44 +84,45 @@ def generate(
     seed: int = 8888,
     height: int | None = None,
     width: int | None = None,
-    latents: Tensor | None = None,
+    latents: Any = None,
     source: Inversion | None = None,
     scheduler: str | DDIM | None = None,
     eta: float = 0.0,
     store: bool | AttentionStore = False,
+    callback: Callable[[int, int, Tensor], object] | None = None,
     progress: bool = False,
 ) -> Result:
     """A picture for each prompt; with an `edit`, the first is the source, the others edits of it.
 
-    All prompts start from the same noise, drawn on the CPU in float32 from `seed`, so a seed means
-    the same picture on every device, alone or in a batch. None takes what the model recommends,
-    else SD's 50 steps, guidance 7.5, the model's own size and scheduler.
+    All prompts start from the same noise, drawn on the CPU in float32 from `seed`: it means the
+    same picture on every device. Several pictures of a prompt are as many calls, a seed each.
+    None takes what the model recommends, else SD's 50 steps, guidance 7.5, its size and scheduler.
 
     latents: the noise to start from instead, (1 or b, 4, h, w). source: a given picture, inverted
     with the first prompt, to be edited instead of a generated one; it has its own noise and steps.
     height, width: of the pictures, in pixels. scheduler: "ddim", "pndm", or an object with
     `timesteps` and `step`. eta: DDIM's share of new noise in each step. store: True or an
     AttentionStore keeps attention maps.
-    Raises ValueError, with what is possible, for a setting or an edit that does not fit.
+    callback: gets call (from 0), calls, and the latents, b 4 h w, after each UNet call.
+    Raises ValueError for a setting or an edit that does not fit, and for infinite or nan latents.
     """
-    prompts = list_of(prompts)
-    guidance = choose(model, "guidance_scale", guidance_scale, 7.5)
-    check_settings(negative_prompt, seed, guidance, store)
-    if latents is not None:
-        check_latents(latents, len(prompts))
+    prompts = settings.list_of(prompts)
+    guidance = settings.choose(model, "guidance_scale", guidance_scale, 7.5)
+    settings.check_settings(negative_prompt, seed, guidance, store, callback)
+    latents = settings.as_latents(latents, len(prompts))
     if source is not None:
         sizes = {"height": height, "width": width, "num_inference_steps": num_inference_steps}
         check_source(source, model, prompts, latents=latents, scheduler=scheduler, eta=eta, **sizes)
         latents, scheduler = source.start(model)
         num_inference_steps = None  # the scheduler has them
 
-    h, w = latent_size(model, height, width, latents)
+    h, w = settings.latent_size(model, height, width, latents)
     noise = torch.Generator().manual_seed(int(seed))
-    x = torch.randn(1, 4, h, w, generator=noise) if latents is None else latents.float()
+    x = torch.randn(1, 4, h, w, generator=noise) if latents is None else latents
     x = x.to(model.device).expand(len(prompts), -1, -1, -1)
-    scheduler = make_scheduler(model, num_inference_steps, scheduler, eta, noise)
+    sampler = settings.make_scheduler(model, num_inference_steps, scheduler, eta, noise)
 
-    tokens, bound = bind_to(model, prompts, edit, (h, w))
+    tokens, bound = settings.bind_to(model, prompts, edit, (h, w))
     kept = AttentionStore() if store is True else store or None
     if kept is not None:
         kept.begin(tokens, coarse_size(h, w, model.unet.levels), model.device)
@@ -139,36 +131,33 @@ def generate(
     hook = Chain(one for one in [follow, *order] if one is not None)
 
     words = text.encode(model.text_encoder, tokens)
+    settings.check_finite("The text encoder's output", words, model.dtype)
     blank = text.encode(model.text_encoder, [text.tokenize(model.tokenizer, negative_prompt)])
     # What is put back after each step needs no guidance.
     blank = blank.expand(len(prompts) - (follow is not None), -1, -1)
-    steps = denoise(model.unet, scheduler, x, words, blank, guidance, hook)
-    for x in tqdm(steps, total=len(scheduler.timesteps), disable=not progress):  # noqa: B007
-        pass
+    steps = denoise(model.unet, sampler, x, words, blank, guidance, hook)
+    calls = len(sampler.timesteps)
+    for call, x in enumerate(tqdm(steps, total=calls, disable=not progress)):
+        if callback is not None:
+            callback(call, calls, x.clone())
+    settings.check_finite("The latents", x, model.dtype)
 
-    images = decode(model, x)
-    settings = {
-        "prompts": prompts,
-        "negative_prompt": negative_prompt,
-        "edit": repr(edit),
-        "seed": seed,
-        "scheduler": type(scheduler).__name__.lower(),
-        "num_inference_steps": len(set(scheduler.timesteps)),  # PNDM calls the UNet once more
-        "eta": getattr(scheduler, "eta", 0.0),
-        "guidance_scale": guidance,
-        "height": h * model.vae.f,
-        "width": w * model.vae.f,
-    }
-    if source is not None:
-        settings |= {"scheduler": "ddim", "source": source.settings}
+    images = decode(model, x, progress)
+    made_of = prompts, negative_prompt, edit, seed, latents, scheduler, sampler, guidance, source
+    about = settings.recorded(*made_of, images[0].size)
     # A clone outside of inference mode: a usual tensor. A copy, for the store may see more runs.
-    return Result(images, x.clone(), copy.copy(kept), settings, bound, source)
+    return Result(images, x.clone(), copy.copy(kept), about, bound, source)
 
 
 @torch.inference_mode()
-def decode(model: StableDiffusion, latents: Tensor) -> list[Image.Image]:
+def decode(model: StableDiffusion, latents: Tensor, progress: bool = False) -> list[Image.Image]:
     """latents: b 4 h w → b pictures. One at a time: the decoder's peak of memory is the highest."""
-    return [image for x in latents.split(1) for image in to_images(model.vae.decode(x.float()))]
+    images, hidden = [], not progress or len(latents) == 1
+    for x in tqdm(latents.split(1), "decoding", disable=hidden, delay=1):  # seconds, at SD's size
+        pixels = model.vae.decode(x.float())
+        settings.check_finite("The decoded picture", pixels, torch.float32)
+        images += to_images(pixels)
+    return images
 
 
 if __name__ == "__main__":  # not when it is imported: what is above knows no command line

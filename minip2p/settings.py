@@ -1,18 +1,21 @@
-"""What `generate` is asked for, checked and completed by what the model recommends."""
+"""What `generate` is asked for: checked, completed by what the model recommends, and recorded."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import fields
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from . import text
 from .align import Prompt
 from .attention import Edit, coarse_size
+from .blend import LocalBlend
 from .check import check, describe, is_number, is_whole
-from .edit import Edits, bind
+from .edit import Edits, PromptEdit, Refine, Reweight, WordSwap, bind
 from .scheduler import DDIM, PNDM
 from .store import AttentionStore, Chain
 from .weights import StableDiffusion
@@ -25,27 +28,35 @@ def choose(model: StableDiffusion, name: str, given: Any, fallback: Any) -> Any:
     return model.defaults.get(name, fallback) if given is None else given
 
 
-def list_of(prompts: str | Sequence[str]) -> list[str]:
-    """Raises ValueError unless it is a prompt or a list of prompts."""
-    several = [prompts] if isinstance(prompts, str) else prompts
+def list_of(prompts: Any) -> list[str]:
+    """Raises ValueError unless it is a prompt, or a list, tuple or array of prompts."""
+    several = prompts.tolist() if isinstance(prompts, np.ndarray) else prompts
+    several = [several] if isinstance(several, str) else several
     check(
         isinstance(several, Sequence) and several,
         f"Give a prompt or a list of prompts, not {describe(prompts)}.",
     )
     for prompt in several:
         check(isinstance(prompt, str), f"A prompt is a string, not {describe(prompt)}.")
-    return list(several)
+    return [str(prompt) for prompt in several]  # numpy has strings of its own
 
 
-def check_settings(negative_prompt: Any, seed: Any, guidance_scale: Any, store: Any) -> None:
+def check_settings(
+    negative_prompt: Any, seed: Any, guidance_scale: Any, store: Any, callback: Any
+) -> None:
     """Raises ValueError for the first that makes no sense."""
     check(
         isinstance(negative_prompt, str),
         f"The negative prompt is one string for all prompts, not {describe(negative_prompt)}.",
     )
+    instead = ""
+    if isinstance(seed, torch.Generator):
+        instead = ": give its initial_seed(), or latents=torch.randn(1, 4, h, w, generator=...)"
+    elif isinstance(seed, list | tuple | range | np.ndarray | Tensor):
+        instead = ": for several pictures, call generate once for each seed"
     check(
         is_whole(seed) and 0 <= seed < 2**63,
-        f"The seed must be a whole number from 0 to 2**63 - 1, not {seed!r}.",
+        f"The seed must be a whole number from 0 to 2**63 - 1, not {describe(seed)}{instead}.",
     )
     check(
         is_number(guidance_scale),
@@ -55,21 +66,53 @@ def check_settings(negative_prompt: Any, seed: Any, guidance_scale: Any, store: 
         isinstance(store, bool | AttentionStore | None),
         f"store is True, False or an AttentionStore, not {describe(store)}.",
     )
+    check(
+        callback is None or callable(callback),
+        f"callback is a function of call, calls and latents, not {describe(callback)}.",
+    )
 
 
-def check_latents(latents: Any, b: int) -> None:
-    """Raises ValueError unless `latents` can be the noise of b prompts."""
-    if not isinstance(latents, Tensor):
-        raise ValueError(f"latents are a tensor, not {describe(latents)}.")
-    shape = tuple(latents.shape)
+def as_latents(latents: Any, b: int) -> Tensor | None:
+    """The noise of b prompts, given as a tensor or an array, in float32; None if it is not given.
+
+    Raises ValueError unless it can be that.
+    """
+    if latents is None:
+        return None
+    x = latents
+    try:
+        if isinstance(x, np.ndarray):  # a copy: torch warns of one that can't be written to
+            x = torch.from_numpy(x.astype(x.dtype.newbyteorder("=")))
+    except TypeError:  # an array of strings or of objects
+        x = None
+    if not isinstance(x, Tensor) or x.is_complex():
+        raise ValueError(
+            f"latents are a tensor or an array of real numbers, not {describe(latents)}."
+        )
+    shape = tuple(x.shape)
     check(
         len(shape) == 4 and shape[0] in (1, b) and shape[1] == 4 and 0 not in shape,
         f"latents must have the shape (1 or {b}, 4, height, width), not {shape}.",
     )
     check(
-        latents.isfinite().all(),
+        x.isfinite().all(),
         "latents must be finite numbers, and some are infinite or nan.",
     )
+    return x.float()
+
+
+def check_finite(what: str, computed: Tensor, dtype: torch.dtype) -> None:
+    """Raises ValueError where numbers ended: in a picture, infinite and nan just look black.
+
+    dtype: in which they were computed.
+    """
+    if not computed.isfinite().all():
+        became = "nan" if computed.isnan().any() else "infinite"
+        wider = "" if dtype == torch.float32 else "float32 or "
+        raise ValueError(
+            f"{what} became {became} in {str(dtype).removeprefix('torch.')}: "
+            f"try {wider}another file of weights."
+        )
 
 
 def latent_size(
@@ -116,7 +159,8 @@ def make_scheduler(
     check(name in SCHEDULERS, f"The scheduler must be one of {names}, not {name!r}.")
     steps = choose(model, "num_inference_steps", steps, 50)
     check(is_whole(steps), f"The number of steps must be a whole number, not {steps!r}.")
-    return SCHEDULERS[name](steps, eta=eta, generator=generator, **model.schedule)
+    eta = float(eta) if is_number(eta) else eta  # numpy has numbers of its own
+    return SCHEDULERS[name](int(steps), eta=eta, generator=generator, **model.schedule)
 
 
 def bind_to(
@@ -139,3 +183,70 @@ def bind_to(
         )
 
     return tokens, tied(edit)
+
+
+# --- what is recorded ----------------------------------------------------------------------------
+
+NOT_HERE = "the caller's own, not in the settings"  # so these alone can't repeat the run
+
+
+def recorded(
+    prompts: list[str],
+    negative_prompt: str,
+    edit: Edits,
+    seed: int,
+    latents: Any,
+    scheduler: Any,
+    sampler: DDIM,
+    guidance_scale: float,
+    source: Any,
+    size: tuple[int, int],
+) -> dict[str, Any]:
+    """What repeats a run, in plain numbers and strings, or says where it can't: NOT_HERE.
+
+    latents, scheduler: as `generate` was given them, or as a given picture, `source`, has them.
+    sampler: what became of the scheduler. size: width and height of the pictures, in pixels.
+    """
+    name, eta = type(sampler).__name__.lower(), float(getattr(sampler, "eta", 0.0))
+    own = scheduler is sampler and source is None
+    settings = {
+        "prompts": prompts,
+        "negative_prompt": negative_prompt,
+        "edit": written(edit),
+        # Of given latents it made nothing, unless DDIM drew more noise.
+        "seed": int(seed) if latents is None or (eta and scheduler is not sampler) else None,
+        "scheduler": f"{name}: {NOT_HERE}" if own else name,
+        # PNDM calls the UNet once more.
+        "num_inference_steps": len({int(t) for t in sampler.timesteps}),
+        "eta": eta,
+        "guidance_scale": float(guidance_scale),
+        "height": size[1],
+        "width": size[0],
+    }
+    if source is not None:
+        about = {k: v.item() if hasattr(v, "item") else v for k, v in source.settings.items()}
+        return settings | {"scheduler": "ddim", "source": about, "picture": NOT_HERE}
+    return settings if latents is None else settings | {"latents": NOT_HERE}
+
+
+def written(edit: Any) -> str:
+    """An edit as Python that makes it again, with NOT_HERE for what only the caller has."""
+    if is_whole(edit):
+        return str(int(edit))
+    if is_number(edit):
+        return str(float(edit))
+    if edit is None or isinstance(edit, str | bool):
+        return repr(edit)
+    if isinstance(edit, Mapping):
+        return "{" + ", ".join(f"{written(k)}: {written(v)}" for k, v in edit.items()) + "}"
+    if isinstance(edit, list | tuple):
+        both = "()" if isinstance(edit, tuple) else "[]"
+        last = "," if isinstance(edit, tuple) and len(edit) == 1 else ""
+        return f"{both[0]}{', '.join(map(written, edit))}{last}{both[1]}"
+    name = type(edit).__name__
+    if type(edit) is Chain:
+        return f"{name}({written(edit.edits)})"
+    if type(edit) in (PromptEdit, WordSwap, Refine, Reweight, LocalBlend):
+        parts = (f"{f.name}={written(getattr(edit, f.name))}" for f in fields(edit))
+        return f"{name}({', '.join(parts)})"
+    return f"<{name}: {NOT_HERE}>"

@@ -17,13 +17,15 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import numpy as np
 import pytest
 import torch
 from PIL import Image, ImageChops
+from safetensors.torch import load_file, save_file
 
 import minip2p
 from minip2p import edit, show, weights
-from minip2p.tools import cli
+from minip2p.tools import cli, files
 
 PACKAGE = Path(minip2p.__file__).parent
 EMOJI = PACKAGE / "models" / "emoji"
@@ -41,7 +43,7 @@ class Outcome(NamedTuple):
     def said(self) -> list[str]:
         """Lines on standard error other than the progress bar."""
         lines = re.split(r"[\r\n]+", self.err)
-        return [line for line in lines if line.strip() and not re.match(r"\s*\d+%\|", line)]
+        return [line for line in lines if line.strip() and not re.match(r"[\w: ]*\d+%\|", line)]
 
 
 Run = Callable[..., Outcome]
@@ -71,7 +73,7 @@ def run(
         status = cli.main(words)
         return Outcome(status, *capsys.readouterr())
 
-    usual = {"tokenizer": None, "device": None, "dtype": torch.float32}
+    usual = {"tokenizer": None, "device": None, "dtype": torch.float32, "ema": None}
     monkeypatch.setattr(cli, "load", load)
     monkeypatch.setattr(cli.fast, "keep_memory", lambda: None)  # it is for whole processes
     monkeypatch.setattr("warnings.formatwarning", None)  # main() sets it: it is to be set back
@@ -541,7 +543,7 @@ def test_explain_prints_a_table_and_writes_nothing(run: Run, tmp_path: Path):
 # --- metadata and repeatability -------------------------------------------------------------------
 
 
-def metadata(path: str) -> dict[str, str]:
+def metadata(path: str | Path) -> dict[str, str]:
     with Image.open(path) as image:
         return dict(image.text)
 
@@ -580,8 +582,8 @@ def test_metadata_repeats_the_picture(run: Run, tmp_path: Path):
     )
     names = "source", "edit-1-baseline", "edit-1", "edit-2-baseline", "edit-2"
     for image, name in zip(again.images, names, strict=True):
-        cli.save(image, tmp_path / "again.png", metadata(f"out/{name}.png"))
-        assert (tmp_path / "again.png").read_bytes() == Path(f"out/{name}.png").read_bytes()
+        path = Path(f"out/{name}.png")
+        assert files.png(image, metadata(path), path) == path.read_bytes()
 
 
 def test_the_same_command_twice_gives_the_same_bytes(run: Run, tmp_path: Path):
@@ -601,6 +603,73 @@ def test_captions_stay_below_their_pictures():
         for x in range(0, sheet.width, column):
             gap = sheet.crop((x, 0, x + 8, sheet.height))
             assert gap.getextrema() == ((255, 255),) * 3
+
+
+# --- numbers that end -----------------------------------------------------------------------------
+
+
+def damaged(folder: Path, part: str, tensor: str, change: Callable[[torch.Tensor], None]) -> str:
+    """A copy of the bundled model with one of its tensors changed."""
+    shutil.copytree(EMOJI, folder)
+    (file,) = (folder / part).glob("*.safetensors")
+    state = load_file(file)
+    (name,) = [name for name in state if name.removeprefix("text_model.") == tensor]
+    change(state[name])
+    save_file(state, file)
+    return str(folder)
+
+
+def one_nan(tensor: torch.Tensor) -> None:
+    tensor.flatten()[7] = torch.nan
+
+
+def one_infinite(tensor: torch.Tensor) -> None:
+    tensor.flatten()[7] = torch.inf
+
+
+def large(tensor: torch.Tensor) -> None:
+    tensor *= 3e4  # what comes out is beyond 65504, where float16 ends
+
+
+NUMBERS_END = {
+    "nan in the UNet": ("unet", "mid_block.resnets.0.conv1.weight", one_nan, "latents", "nan"),
+    "infinite in the UNet": ("unet", "conv_in.bias", one_infinite, "latents", "float32"),
+    "nan in the VAE": ("vae", "decoder.conv_in.weight", one_nan, "picture", "nan"),
+    "nan in the text encoder": (
+        "text_encoder",
+        "encoder.layers.0.mlp.fc1.weight",
+        one_nan,
+        "text encoder",
+        "nan",
+    ),
+}
+
+
+@pytest.mark.parametrize("case", NUMBERS_END.values(), ids=NUMBERS_END.keys())
+def test_numbers_that_end(run: Run, tmp_path: Path, case):
+    """No black picture: one sentence, and nothing is written."""
+    *where, what, became = case
+    model = damaged(tmp_path / "model", *where)
+    before = contents(tmp_path)
+    for more in ([], ["--maps", "--html", "page.html"]):
+        outcome = run(SQUIRREL, "--swap", "squirrel=lion", "--steps", "2", "--model", model, *more)
+        assert outcome.status == 2 and outcome.out == ""
+        assert len(outcome.said) == 1 and outcome.said[0].endswith("."), outcome.err
+        for part in (what, became, "another file of weights"):
+            assert part in outcome.said[0]
+        assert "try float32" not in outcome.said[0]
+        assert contents(tmp_path) == before
+
+
+def test_numbers_beyond_float16(run: Run, tmp_path: Path):
+    model = damaged(tmp_path / "model", "unet", "mid_block.resnets.0.norm2.weight", large)
+    command = [SQUIRREL, "--steps", "2", "--model", model]
+    outcome = run(*command, "--dtype", "float16")
+    assert outcome.status == 2 and outcome.out == "" and not Path("out").exists()
+    assert len(outcome.said) == 1, outcome.err
+    for part in ("latents", "float16", "try float32"):
+        assert part in outcome.said[0]
+    wrote(run(*command), "picture")  # what it says to try is right
 
 
 # --- nothing is lost ------------------------------------------------------------------------------
@@ -635,44 +704,60 @@ ENCODER = OSError("encoder error -2 when writing image file")  # as Pillow does
     ],
     ids=["interrupted", "disk full", "encoder"],
 )
-def test_a_picture_is_written_whole_or_not_at_all(
-    run: Run, tmp_path: Path, monkeypatch, error, status, must_say
+@pytest.mark.parametrize("where", ["encoding", "writing"])
+def test_all_files_are_written_or_none(
+    run: Run, tmp_path: Path, monkeypatch, error, status, must_say, where
 ):
     command = [SQUIRREL, "--swap", "squirrel=lion", "--steps", "1"]
     assert run(*command).status == 0
     before = contents(tmp_path)
-    save, saves = Image.Image.save, iter(range(9))
+    calls = iter(range(9))
 
     def save_half(image: Image.Image, file: Any, *args: Any, **settings: Any) -> None:
-        if next(saves) == 0:  # the source's picture goes well
+        if next(calls) == 0:  # the source's picture goes well
             return save(image, file, *args, **settings)
-        content = before["out/edit-1.png"]
-        assert content is not None
-        if hasattr(file, "write"):
-            file.write(content[: len(content) // 2])
-        else:
-            Path(file).write_bytes(content[: len(content) // 2])
+        file.write(b"half of it")
         raise error
 
-    monkeypatch.setattr(Image.Image, "save", save_half)
+    class Half:
+        """A file on a disk that is full in the middle of the second."""
+
+        def __init__(self, handle: int, mode: str):
+            self.file = fdopen(handle, mode)
+
+        def __enter__(self) -> "Half":
+            return self
+
+        def __exit__(self, *_: object) -> None:
+            self.file.close()
+
+        def write(self, content: bytes) -> None:
+            if next(calls) == 0:
+                self.file.write(content)
+                return
+            self.file.write(content[: len(content) // 2])
+            raise error
+
+    save, fdopen = Image.Image.save, os.fdopen
+    if where == "encoding":
+        monkeypatch.setattr(Image.Image, "save", save_half)
+    else:
+        monkeypatch.setattr(os, "fdopen", Half)
     outcome = run(*command, "--seed", "1")
 
     assert outcome.status == status
-    assert outcome.out.splitlines() == ["out/source.png"]
+    assert outcome.out == ""
     assert len(outcome.said) == 1 and outcome.said[0].endswith("."), outcome.said
     assert "None" not in outcome.said[0]
     for part in must_say:
         assert part in outcome.said[0]
-    after = contents(tmp_path)
-    assert after.keys() == before.keys()
-    assert {name for name in after if after[name] != before[name]} == {"out/source.png"}
+    assert contents(tmp_path) == before
 
 
 def test_a_folder_in_a_pictures_place(run: Run, tmp_path: Path):
     (tmp_path / "out" / "picture.png").mkdir(parents=True)
     outcome = run("a cat", "--steps", "1")
-    assert outcome.status == 2 and outcome.out == ""
-    assert len(outcome.said) == 1 and "out/picture.png" in outcome.said[0]
+    is_one_sentence(outcome, ["out/picture.png", "folder", "--out"])  # before any time is spent
     assert contents(tmp_path) == {"out": None, "out/picture.png": None}
 
 
@@ -687,6 +772,323 @@ def test_a_reader_who_has_seen_enough(tmp_path: Path):
     outcome = run_apart(cwd=tmp_path, code=code)
     assert outcome.status == 0 and outcome.said == []
     assert (tmp_path / "out" / "picture.png").exists()
+
+
+# --- a run again ----------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def latents(run: Run, monkeypatch) -> list[torch.Tensor]:
+    """Of each run's pictures, as they come."""
+    found = []
+
+    def generate(*args: Any, **settings: Any) -> minip2p.Result:
+        result = minip2p.generate(*args, **settings)
+        found.append(result.latents)
+        return result
+
+    monkeypatch.setattr(cli, "generate", generate)
+    return found
+
+
+REPEATS = {
+    "plain": ("'a cat'", "picture"),
+    "swap with windows and a blend": (
+        f"'{SQUIRREL}' --swap squirrel=lion --blend lion --cross-replace-steps lion=.4 "
+        "--cross-replace-steps .8 --self-replace-steps .1,.5 --seed 1",
+        "edit-1",
+    ),
+    "reweight": ("'a cat at night' --reweight night=-2 --reweight cat=1.5", "source"),
+    "sweep": (
+        f"'{SQUIRREL}' --swap squirrel=lion --sweep cross=0.1,.9 --baseline",
+        "edit-1-cross-.9",
+    ),
+    "baseline": (f"'{SQUIRREL}' --swap squirrel=lion --baseline --fast", "edit-1-baseline"),
+    "pndm": ("'a cat' --to 'a big cat' --scheduler pndm --guidance 3.25", "row"),
+    "eta": ("'a cat' --swap cat=dog --eta 0.3 --scheduler ddim --dtype bfloat16", "row"),
+    "negative prompt": ("'a cat' --negative='--no --dog, né' --seed 8888", "picture"),
+    "not square": ("'a cat' --swap cat=dog --height 48 --width 96", "edit-1"),
+    "maps and a page": ("'a cat' --swap cat=dog --maps --html a.html", "edit-1-maps"),
+    "as a newcomer": ("", "row"),
+    "a prompt that looks like an option": ("--steps=2 -- '--seed=1, a café'", "picture"),
+}
+
+
+@pytest.mark.filterwarnings("ignore:This model has never seen")
+@pytest.mark.parametrize("command, picture", REPEATS.values(), ids=REPEATS.keys())
+def test_repeat_makes_the_same(run: Run, latents, tmp_path: Path, command, picture):
+    steps = [] if "--steps" in command else ["--steps", "3"]
+    assert run(*steps, "--out", "first", *shlex.split(command)).status == 0
+    shutil.copy(f"first/{picture}.png", "elsewhere.png")  # under another name
+
+    outcome = run("--repeat", "elsewhere.png", "--out", "second")
+
+    assert outcome.status == 0 and outcome.said == [], outcome.err
+    assert latents[0].equal(latents[1])
+    first, second = contents(tmp_path / "first"), contents(tmp_path / "second")
+    if "--html" in command:
+        first["a.html"] = Path("a.html").read_bytes()
+    assert first == second
+
+
+def test_repeat_of_every_picture_of_a_run(run: Run, latents):
+    command = [SQUIRREL, "--swap", "squirrel=lion", "--swap", "burger=pizza", "--steps", "2"]
+    assert run(*command).status == 0
+    for name in ("source", "edit-1", "edit-2", "row"):
+        outcome = run("--repeat", f"out/{name}.png", "--out", name)
+        assert outcome.status == 0 and outcome.said == []
+        assert latents[-1].equal(latents[0])
+    assert run("--repeat", "out/row.png", "--explain").out == run(*command, "--explain").out
+    assert run("--repeat", "out/row.png", "--out", "m", "--maps", "--html", "m.html").status == 0
+    assert Path("m/edit-1-maps.png").exists() and Path("m.html").exists()
+
+
+def test_repeat_says_where_the_picture_is_not_the_same(run: Run, monkeypatch):
+    assert run("a cat", "--steps", "2").status == 0
+    texts = metadata("out/picture.png")
+    other = Image.new("RGB", (64, 64), "black")
+    Path("black.png").write_bytes(files.png(other, texts, Path("black.png")))
+    outcome = run("--repeat", "black.png", "--out", "again")
+    assert outcome.status == 0 and len(outcome.said) == 1
+    assert "black.png" in outcome.said[0] and "of 255" in outcome.said[0]
+    small = Image.new("RGB", (8, 8))
+    Path("small.png").write_bytes(files.png(small, texts, Path("small.png")))
+    outcome = run("--repeat", "small.png", "--out", "third")
+    assert outcome.status == 0 and "small.png was not made again" in outcome.said[0]
+
+
+@pytest.fixture
+def strange(run: Run) -> None:
+    """Files that can't be repeated."""
+    assert run("a cat", "--steps", "1").status == 0
+    image, texts = picture("out/picture.png"), metadata("out/picture.png")
+
+    def write(name: str, **changed: str) -> None:
+        path = Path(f"{name}.png")
+        path.write_bytes(files.png(image, texts | changed, path))
+
+    image.save("bare.png")
+    image.save("picture.jpg")
+    Path("text.png").write_text("no picture")
+    Path("folder.png").mkdir()
+    whole = Path("out/picture.png").read_bytes()
+    Path("half.png").write_bytes(whole[: len(whole) // 2])
+    del texts["command"]
+    write("foreign", parameters="a cat, Steps: 20")
+    write("broken", command='["--steps=1", "--"')
+    write("code", command="__import__('os').system('touch owned')")
+    write("number", command="5")
+    write("object", command='{"--steps": 1}')
+    write("mixed", command='["--steps=1", 5]')
+    write("unknown", command='["--nosuch=1", "--", "a cat"]')
+    write("wrong", command='["--steps=many", "--", "a cat"]')
+    write("spread", command='["--steps", "1", "--", "a cat"]')
+    write("help", command='["--help"]')
+    write("version", command='["--version", "--", "a cat"]')
+    write("writing", command='["--out=owned", "--", "a cat"]')
+    write("page", command='["--html=../owned.html", "--", "a cat"]')
+    write("itself", command='["--repeat=itself.png", "--", "a cat"]')
+    write("deep", command="[" * 100_000)
+    write("nothing", command="[]")
+    write("edit", command='["--swap=zebra=lion", "--", "a cat"]')
+
+
+NO_REPEATS = [
+    ("--repeat nosuch.png", "nosuch.png", "No such file"),
+    ("--repeat ''", "can't be read"),
+    ("--repeat bare.png", "bare.png", "metadata"),
+    ("--repeat foreign.png", "foreign.png", "metadata"),
+    ("--repeat picture.jpg", "picture.jpg", "PNG"),
+    ("--repeat text.png", "text.png", "PNG"),
+    ("--repeat half.png", "half.png", "PNG"),
+    ("--repeat folder.png", "folder.png", "directory"),
+    *(
+        (f"--repeat {name}.png", f"{name}.png", "damaged")
+        for name in (
+            *("broken", "code", "number", "object", "mixed", "unknown", "wrong", "spread"),
+            *("help", "version", "writing", "page", "itself", "deep", "nothing"),
+        )
+    ),
+    ("--repeat edit.png", "'zebra'", "a cat"),
+    ("--repeat out/picture.png --seed 8888", "leave out --seed", "--out"),
+    ("--repeat out/picture.png --swap=a=b --baseline", "leave out --baseline, --swap"),
+    ("'a dog' --repeat out/picture.png", "leave out a prompt"),
+    ("--repeat out/picture.png -- --steps", "leave out a prompt"),
+    ("--repeat out/picture.png --repeat out/picture.png", "--repeat", "once"),
+]
+
+
+@pytest.mark.parametrize("command, must_say", [pytest.param(c, s, id=c) for c, *s in NO_REPEATS])
+def test_what_cannot_be_repeated(run: Run, strange, tmp_path: Path, command, must_say):
+    before = contents(tmp_path)
+    is_one_sentence(run(*shlex.split(command)), must_say)
+    assert contents(tmp_path) == before
+
+
+# --- a folder that is written twice ---------------------------------------------------------------
+
+
+def test_another_run_takes_the_place_of_the_first(run: Run, tmp_path: Path):
+    many = [SQUIRREL, "--swap", "squirrel=lion", "--swap", "squirrel=dog", "--maps", "--baseline"]
+    few = [SQUIRREL, "--swap", "squirrel=cat", "--steps", "1"]
+    assert run("a cat", "--steps", "1").said == []
+    assert run(*many, "--steps", "1").said == []  # beside a picture that is no part of it
+    notes = tmp_path / "out" / "edit-3.txt"
+    notes.write_text("mine")
+    Image.new("RGB", (8, 8)).save("out/edit-3.png")  # somebody's own, under such a name
+    Image.new("RGB", (8, 8)).save("out/nice.png")
+    shutil.copy("out/edit-2.png", "out/edit-9.png")  # and a copy of one of ours
+    shutil.copy("out/edit-2.png", "out/lovely dog.png")
+
+    outcome = run(*few)
+
+    assert outcome.status == 0 and len(outcome.said) == 1
+    replaced, removed = outcome.said[0].split("; ")
+    assert replaced == "Replaced out/source.png, out/edit-1.png, out/row.png"
+    gone = {"edit-1-baseline", "edit-1-baseline-maps", "edit-1-maps", "edit-2-baseline"}
+    gone |= {"edit-2-baseline-maps", "edit-2-maps", "edit-2", "source-maps"}
+    assert removed.startswith("removed ") and removed.endswith(", of another run.")
+    assert set(re.findall(r"out/(\S+)\.png", removed)) == gone
+    kept = {"picture.png", "edit-3.txt", "edit-3.png", "nice.png", "edit-9.png", "lovely dog.png"}
+    assert set(os.listdir("out")) == {"source.png", "edit-1.png", "row.png"} | kept
+    assert notes.read_text() == "mine"
+
+
+def test_the_same_run_twice_is_said(run: Run):
+    command = ["a cat", "--swap", "cat=dog", "--steps", "1"]
+    page = ["--html", "page.html", "--preview", "preview.png"]
+    assert run(*command, *page).said == []
+    (said,) = run(*command, *page).said
+    assert said == "Replaced out/source.png, out/edit-1.png, out/row.png, page.html."
+    assert run("a cat", "--steps", "1", "--maps", "--out", "p").said == []
+    (said,) = run("a cat", "--steps", "1", "--out", "p").said
+    assert said == "Replaced p/picture.png; removed p/picture-maps.png, of another run."
+
+
+@pytest.mark.parametrize(
+    "command, name",
+    [
+        ("'a cat'", "out/picture.png"),
+        ("'a cat' --maps", "out/picture-maps.png"),
+        ("'a cat' --swap cat=dog", "out/row.png"),
+        ("'a cat' --swap cat=dog --swap cat=lion --maps", "out/edit-2-maps.png"),
+        ("'a cat' --html page.html", "page.html"),
+        ("'a cat' --preview preview.png", "preview.png"),
+    ],
+)
+@pytest.mark.parametrize("content", ["a picture", "text", "nowhere"])
+def test_what_minip2p_did_not_write_stays(run: Run, tmp_path: Path, command, name, content):
+    Path("out").mkdir()
+    if content == "a picture":
+        Image.new("RGB", (8, 8)).save("mine.png")
+        Path("mine.png").rename(name)
+    elif content == "text":
+        Path(name).write_text("mine")
+    else:
+        Path(name).symlink_to("nosuch")
+
+    def there() -> dict[Path, tuple[int, int]]:
+        return {p: (p.lstat().st_ino, p.lstat().st_mtime_ns) for p in tmp_path.rglob("*")}
+
+    before = there()
+    option = "--" + Path(name).stem if "/" not in name else "--out"
+    option = "--html" if option == "--page" else option
+    is_one_sentence(run(*shlex.split(command), "--steps", "1"), [name, "move it", option])
+    assert there() == before
+
+
+@pytest.mark.parametrize(
+    "command",
+    ["--preview out/picture.png", "--html out/picture.png", "--html a.png --preview a.png"],
+)
+def test_two_files_in_one_place(run: Run, tmp_path: Path, command):
+    is_one_sentence(run("a cat", *command.split()), [command.split()[-1], "another file"])
+    assert contents(tmp_path) == {}
+
+
+# --- words that not every edit has ----------------------------------------------------------------
+
+BICYCLE = "a photo of a cat riding a bicycle"
+DOG = "a photo of a dog riding a bicycle"
+TWO_SWAPS = ["--swap", "bicycle=car", "--swap", "cat=dog", "--steps", "2"]
+
+
+@pytest.mark.parametrize(
+    "option, kept",
+    [
+        ("--blend car", "local_blend=LocalBlend(words=('car',)"),
+        ("--blend car --blend bicycle", "local_blend=LocalBlend(words=('car', 'bicycle')"),
+        ("--reweight car=2", "weights={'car': 2.0}"),
+        ("--cross-replace-steps car=.4", "cross_replace_steps={'car': (0.0, 0.4)}"),
+        ("--cross-replace-steps car=.4 --cross-replace-steps .8",
+         "cross_replace_steps={'car': (0.0, 0.4), 'default_': (0.0, 0.8)}"),
+    ],
+)  # fmt: skip
+def test_an_option_acts_where_its_word_is(run: Run, option, kept):
+    with pytest.warns(UserWarning) as said:
+        outcome = run(BICYCLE, *TWO_SWAPS, *option.split())
+    wrote(outcome, TWO)
+    (said,) = (str(warning.message) for warning in said)
+    name = option.split("=")[0].split(" --blend b")[0]
+    name = name.replace("car", "").strip() + " car"
+    assert said == f"{name} does not act on {DOG!r}: no 'car' there."
+    first, second = (metadata(f"out/edit-{n}.png")["edit"] for n in (1, 2))
+    assert kept in first and "car" not in second
+    alone = "bicycle" in option
+    assert ("bicycle" in second) == alone  # the other word of the blend stays
+    # Edits that have all words are as they would be alone.
+    assert run(BICYCLE, *TWO_SWAPS[:2], *option.split(), "--steps", "2", "--out", "a").status == 0
+    assert difference("out/edit-1.png", "a/edit-1.png") <= 1
+
+
+def test_options_that_act_on_all_say_nothing(run: Run):
+    for option in ("--blend cat", "--reweight photo=2", "--cross-replace-steps riding=.5"):
+        wrote(run(BICYCLE, *TWO_SWAPS, *option.split(), "--out", option[2:5]), TWO, option[2:5])
+
+
+@pytest.mark.filterwarnings("ignore:This model has never seen")
+@pytest.mark.parametrize(
+    "options, says",
+    [
+        ("--blend zebra", "'zebra'"),
+        ("--blend car --blend zebra", "'zebra'"),
+        ("--blend car --reweight zebra=2", "'zebra'"),
+        ("--blend dog --cross-replace-steps zebra=.5", "'zebra'"),
+    ],
+)
+def test_a_word_that_no_edit_has_is_a_mistake(run: Run, tmp_path: Path, options, says):
+    is_one_sentence(run(BICYCLE, *TWO_SWAPS, *options.split()), [says, "bicycle, car, dog"])
+    assert contents(tmp_path) == {}
+
+
+def test_explain_shows_what_acts(run: Run):
+    with pytest.warns(UserWarning, match="--blend car does not act on"):
+        outcome = run(BICYCLE, *TWO_SWAPS, "--blend", "car", "--explain")
+    first, second = outcome.out.split("Edit 2")
+    assert "blend" in first and "blend" not in second
+
+
+# --- previews -------------------------------------------------------------------------------------
+
+
+def test_preview_is_redrawn(run: Run, monkeypatch):
+    seen = []
+    write = files.write_all
+
+    def write_all(written: dict[Path, bytes]) -> None:
+        write(written)
+        if Path("p.png") in written:
+            seen.append((metadata("p.png")["call"], picture("p.png")))
+
+    monkeypatch.setattr(files, "write_all", write_all)
+    outcome = run(SQUIRREL, "--swap", "squirrel=lion", "--steps", "25", "--preview", "p.png")
+    assert outcome.status == 0 and outcome.said == []
+    assert outcome.out.splitlines()[-1] == "p.png"
+    assert [call for call, _ in seen] == [f"{n} of 25" for n in (*range(2, 25, 2), 25)]
+    last, end = np.asarray(seen[-1][1], float), np.asarray(picture("out/row.png"), float)
+    assert abs(last - end).mean() < abs(np.asarray(seen[0][1], float) - end).mean() / 2
+    assert run("a cat", "--steps", "3", "--preview", "p.png", "--out", "o").status == 0
+    assert [call for call, _ in seen[-3:]] == ["1 of 3", "2 of 3", "3 of 3"]
 
 
 # --- imports --------------------------------------------------------------------------------------
@@ -730,9 +1132,9 @@ ORDER = (  # each imports none that comes after it; what is read comes before wh
     *("check", "scheduler", "words", "align", "attention", "unet", "vae", "text"),
     *("mask", "blend", "edit", "saved", "store"),
     *("weights.files", "weights.build", "weights.clip", "weights.folder", "weights.single_file"),
-    *("weights.hub", "weights", "settings", "picture", "invert", "sample"),
-    *("tools.show", "tools.fast", "tools.table", "tools.page", "tools.given", "tools.cli"),
-    "__main__",
+    *("weights.hub", "weights", "settings", "progress", "picture", "invert", "sample"),
+    *("tools.show", "tools.fast", "tools.table", "tools.page", "tools.given", "tools.files"),
+    *("tools.repeat", "tools.job", "tools.cli", "__main__"),
 )
 
 

@@ -201,9 +201,16 @@ edit("no edits without an edited prompt", [], "edited prompt", prompts=(SQUIRREL
 # --- generate ------------------------------------------------------------------------------------
 
 mistake("no prompts", lambda given: minip2p.generate(given.model, []), "prompt", "[]")
-for wrong in (None, 5, {"cat": 1}):
+for wrong in (None, 5, {"cat": 1}, {"cat"}):
     mistake(f"prompts {wrong!r}", lambda given, wrong=wrong: minip2p.generate(given.model, wrong),
               "prompt", repr(wrong))  # fmt: skip
+for wrong, name in (
+    (np.array([]), "ndarray"),
+    (np.array([5]), "5"),
+    (iter(["cat"]), "list_iterator"),
+):
+    mistake(f"prompts in {name}", lambda given, wrong=wrong: minip2p.generate(given.model, wrong),
+              "prompt", name)  # fmt: skip
 generate("prompt that is no string", ["prompt", "5"], SQUIRREL, 5)
 generate("prompt that is bytes", ["prompt", "b'cat'"], b"cat")
 for wrong in (5, ["a", "b"]):
@@ -213,6 +220,12 @@ for wrong in (0, -1, 1000, 1.5, True, "50"):
 generate("steps say how many", ["1 to 999"], num_inference_steps=1000)
 for wrong in (-1, 2**63, 1.0, True, "1", None):
     generate(f"seed {wrong!r}", ["seed", "0 to 2**63 - 1", repr(wrong)], seed=wrong)
+for wrong in ([1, 2], (1, 2), range(3), np.arange(3), torch.arange(3)):
+    generate(f"seeds {wrong!r}", ["seed", "call generate once for each seed"], seed=wrong)
+generate("seed that is a generator", ["seed", "initial_seed()", "latents="], seed=torch.Generator())
+for wrong in (5, "print", [print]):
+    generate(f"callback {wrong!r}", ["callback", "function of call, calls and latents"],
+             callback=wrong)  # fmt: skip
 for wrong in (math.nan, math.inf, "7.5", True, (1, 2)):
     generate(f"guidance {wrong!r}", ["guidance", "finite", repr(wrong)], guidance_scale=wrong)
 for wrong in (0, -8, 102, "64", 64.0, True):
@@ -221,7 +234,11 @@ for wrong in (0, -8, 102, "64", 64.0, True):
 for shape in ((3, 4, 16, 16), (1, 3, 16, 16), (4, 16, 16), (16,), (1, 4, 0, 16), (0, 4, 16, 16)):
     generate(f"latents of shape {shape}", ["1 or 2, 4, height, width", str(shape)],
              latents=torch.zeros(shape))  # fmt: skip
-generate("latents that are an array", ["tensor", "ndarray"], latents=np.zeros((1, 4, 16, 16)))
+for wrong in (np.array(["a"]), np.array([{}]), [[0.0]], "noise", np.zeros((1, 4, 16, 16), complex)):
+    generate(f"latents that are {wrong!r:.30}", ["latents", "tensor or an array of real numbers"],
+             latents=wrong)  # fmt: skip
+generate("latents in an array of another shape", ["1 or 2, 4, height, width", "(4, 16, 16)"],
+         latents=np.zeros((4, 16, 16)))  # fmt: skip
 generate(
     "latents that are nan", ["latents", "finite"], latents=torch.full((1, 4, 16, 16), math.nan)
 )

@@ -1,45 +1,37 @@
 """The command line: python -m minip2p.sample.
 
 One line on standard output for each written file, progress bars on standard error, exit status 2
-and one sentence for a mistake of the user's. Files are written whole or not at all.
+and one sentence for a mistake of the user's. All files of a run are written, or none.
 """
 
 from __future__ import annotations
 
 import argparse
-import json
 import math
-import os
 import re
+import shlex
 import sys
-import tempfile
 import warnings
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Sequence
+from dataclasses import replace
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any, BinaryIO, NoReturn
+from typing import Any, NoReturn
 
 import torch
 from PIL import Image
-from PIL.PngImagePlugin import PngInfo
+from torch import Tensor
 
-from ..align import DEFAULT, Window, Windows, window
-from ..blend import LocalBlend
-from ..edit import PromptEdit, Reweight
 from ..sample import Result, generate
-from ..settings import SCHEDULERS
+from ..settings import SCHEDULERS, written
 from ..weights import StableDiffusion, load
-from ..words import swap_word
-from . import fast, given, show
+from . import fast, files, given, repeat, show
+from .job import Job, fit_words, make_job
 from .page import PageStore, page
 from .table import explain
 
-EXAMPLE = "a painting of a squirrel eating a burger", "squirrel=lion"
-NEED_AN_EDIT = (
-    *("cross_replace_steps", "self_replace_steps", "blend"),
-    *("baseline", "sweep", "explain"),
-)
+VERSION = version("minip2p")
+Callback = Callable[[int, int, Tensor], None]
 
 
 class Once(argparse.Action):
@@ -67,7 +59,7 @@ def make_parser() -> Parser:
         "Without arguments: a squirrel that eats a burger, a lion without control, and the swap.",
         allow_abbrev=False,
     )
-    parser.add_argument("--version", action="version", version=f"minip2p {version('minip2p')}")
+    parser.add_argument("--version", action="version", version=f"minip2p {VERSION}")
     parser.register("action", None, Once)  # the default of add_argument
     add = parser.add_argument
     add("prompt", nargs="?", help="what the (source) picture shows")
@@ -77,6 +69,12 @@ def make_parser() -> Parser:
         help="emoji (bundled), a diffusers folder, a .safetensors file, a hub id",
     )
     add("--tokenizer", help="a folder with CLIP's tokenizer, beside a single file")
+    add(
+        "--ema",
+        action=argparse.BooleanOptionalAction,
+        default=None,
+        help="of a single file with two UNets: the average over training, or the model's own",
+    )
     add("--steps", type=number(int, 1, 999), help="inference steps")
     add("--guidance", type=number(float, -1000, 1000), help="guidance scale")
     add("--negative", default="", metavar="PROMPT", help="negative prompt")
@@ -92,6 +90,8 @@ def make_parser() -> Parser:
     add(
         "--out", type=Path, default=Path("out"), metavar="FOLDER", help="where pictures are written"
     )
+    add("--preview", type=Path, metavar="FILE", help="redraw this PNG while the pictures are made")
+    add("--repeat", type=Path, metavar="FILE", help="make the run of this picture again")
 
     add = parser.add_argument_group("edits").add_argument
     add("--swap", action="append", default=[], metavar="OLD=NEW", help="one edited prompt for each")
@@ -138,192 +138,6 @@ def number(kind: type[int] | type[float], low: int, high: int) -> Callable[[str]
     return parse
 
 
-def pair(option: str, value: str) -> tuple[str, str]:
-    """LEFT=RIGHT, split."""
-    left, equals, right = value.partition("=")
-    if not (left.strip() and equals and right.strip()):
-        raise ValueError(f"{option} takes two sides, A=B, not {value!r}.")
-    return left.strip(), right.strip()
-
-
-def parse_weights(values: Sequence[str]) -> dict[str, float]:
-    """Any of WORD=2"""
-    weights: dict[str, float] = {}
-    for value in values:
-        word, weight = pair("--reweight", value)
-        try:
-            factor = float(weight)
-        except ValueError:
-            factor = math.nan
-        if not math.isfinite(factor):
-            raise ValueError(f"--reweight takes a finite number for {word!r}, not {weight!r}.")
-        if word in weights:
-            raise ValueError(f"--reweight has two weights for {word!r}: give one.")
-        weights[word] = factor
-    return weights
-
-
-def parse_window(option: str, value: str) -> tuple[float, float]:
-    """0.8 or 0.1,0.8"""
-    try:
-        start, end = value.split(",") if "," in value else ("0", value)
-        return window((float(start), float(end)))
-    except ValueError:
-        raise ValueError(
-            f"{option} takes a fraction of the UNet calls from 0 to 1, 0.8, or a start and an end, "
-            f"0.1,0.8, not {value!r}."
-        ) from None
-
-
-def parse_windows(option: str, values: Sequence[str]) -> Windows | None:
-    """Any of 0.8, 0.1,0.8 and lion=0.4; None if there is none."""
-    windows: dict[str, Window] = {}
-    for value in values:
-        word, value = pair(option, value) if "=" in value else (DEFAULT, value)
-        if word in windows:
-            raise ValueError(f"{option} has two windows for {word!r}: give one.")
-        windows[word] = parse_window(option, value)
-    return windows or None
-
-
-@dataclass
-class Job:
-    """What the command line asks for. Row 0 is the source, the rest are edits of it."""
-
-    prompts: list[str]
-    edits: list[PromptEdit | Reweight | None]  # one less
-    names: list[str]  # of the files
-    captions: list[str]
-
-    def add(
-        self, prompt: str, edit: PromptEdit | Reweight | None, name: str, remark: str = ""
-    ) -> None:
-        self.prompts.append(prompt)
-        self.edits.append(edit)
-        self.names.append(name)
-        self.captions.append(f"{prompt} ({remark})" if remark else prompt)
-
-
-def make_job(args: argparse.Namespace) -> Job:
-    """The prompts and edits of a command line. Raises ValueError where they make no sense."""
-    is_given = given.check_options(args)
-    if (args.swap or args.to or args.reweight) and not (args.prompt or "").strip():
-        raise ValueError("An edit needs the source prompt: give it first, in quotes.")
-    if blank := [target for target in args.to if not target.strip()]:
-        raise ValueError(f"--to takes a prompt, not {blank[0]!r}.")
-    if args.prompt is None:
-        args.prompt, args.swap, args.baseline = EXAMPLE[0], [EXAMPLE[1]], True
-    targets = [swap_word(args.prompt, *pair("--swap", swap)) for swap in args.swap] + args.to
-    weights = parse_weights(args.reweight)
-    if weights and not targets:
-        targets = [args.prompt]
-    if not targets:
-        for option in NEED_AN_EDIT:
-            if getattr(args, option) not in (None, False, []):
-                raise ValueError(
-                    f"--{option.replace('_', '-')} needs an edit: add --swap OLD=NEW, --to PROMPT "
-                    "or --reweight WORD=2."
-                )
-        return Job([args.prompt], [], ["reconstruction" if is_given else "picture"], [args.prompt])
-
-    # The prompts share each edit, which may name words of any of them.
-    edits = [(Reweight(weights, e) if weights else e, label) for e, label in parse_edits(args)]
-    job = Job([args.prompt], [], ["reconstruction" if is_given else "source"], [args.prompt])
-    for n, target in enumerate(targets, 1):
-        if args.baseline:
-            job.add(target, None, f"edit-{n}-baseline", "without control")
-        for edit, label in edits:
-            job.add(target, edit, f"edit-{n}-{label}".replace(" ", "-").rstrip("-"), label)
-    return job
-
-
-def parse_edits(args: argparse.Namespace) -> list[tuple[PromptEdit, str]]:
-    """The edit that the options describe, or with --sweep one for each window, and its label."""
-    cross = parse_windows("--cross-replace-steps", args.cross_replace_steps)
-    self_ = None
-    if args.self_replace_steps is not None:
-        self_ = parse_window("--self-replace-steps", args.self_replace_steps)
-    blend = LocalBlend(args.blend) if args.blend else None
-    if args.sweep is None:
-        return [(PromptEdit(cross, self_, blend), "")]
-    kind, ends = pair("--sweep", args.sweep)
-    if kind not in ("cross", "self"):
-        raise ValueError(f"--sweep takes cross=0.1,0.5,0.9 or self=..., not {args.sweep!r}.")
-    if (cross if kind == "cross" else self_) is not None:
-        raise ValueError(f"--sweep {kind}=... sets what --{kind}-replace-steps sets: give one.")
-    edits, before = [], set()
-    for end in ends.split(","):
-        swept = parse_window("--sweep", end)
-        if swept in before:
-            raise ValueError(f"--sweep has {end} twice, as {args.sweep!r}: give it once.")
-        before.add(swept)
-        edit = (
-            PromptEdit(swept, self_, blend) if kind == "cross" else PromptEdit(cross, swept, blend)
-        )
-        edits.append((edit, f"{kind} {end.strip()}"))
-    return edits
-
-
-def save(image: Image.Image, path: Path, settings: Mapping[str, Any]) -> None:
-    """Write a PNG with its settings in it."""
-    info = PngInfo()
-    for name, value in settings.items():
-        info.add_itxt(
-            name, value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
-        )
-    write_whole(path, lambda file: image.save(file, "PNG", pnginfo=info))
-
-
-def write_whole(path: Path, fill: Callable[[BinaryIO], object]) -> None:
-    """Write a file under a temporary name first: never half of it."""
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        handle, temporary = tempfile.mkstemp(
-            dir=path.parent, prefix=f".{path.stem}-", suffix=path.suffix
-        )
-        try:
-            with os.fdopen(handle, "wb") as file:
-                fill(file)
-            os.chmod(temporary, 0o666 & ~_umask())  # mkstemp's files are for their owner alone
-            os.replace(temporary, path)
-        except BaseException:
-            Path(temporary).unlink(missing_ok=True)
-            raise
-    except OSError as error:  # not all of them say which file
-        raise ValueError(f"{path} can't be written: {error.strerror or error}.") from error
-    say(path)
-
-
-def say(path: Path) -> None:
-    """A written file, on standard output."""
-    try:
-        print(path, flush=True)
-    except BrokenPipeError:  # | head -1: the reader has seen enough, the pictures are still wanted
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-
-
-def _umask() -> int:
-    mask = os.umask(0)
-    os.umask(mask)
-    return mask
-
-
-def check_out(folder: Path, option: str = "--out") -> None:
-    """Raises ValueError, before time is spent on pictures, if `folder` can't take them."""
-    there = folder
-    while True:
-        try:
-            there.stat()
-            break
-        except (FileNotFoundError, NotADirectoryError):
-            there = there.parent
-        except (OSError, ValueError) as error:  # a name that is too long, or with a NUL in it
-            reason = getattr(error, "strerror", None) or error
-            raise ValueError(f"{option} {str(folder)!r} can't be a folder: {reason}.") from None
-    if not there.is_dir() or not os.access(there, os.W_OK):
-        raise ValueError(f"{option} {folder}: {there} is no folder that can be written to.")
-
-
 def warn_unknown_words(model: StableDiffusion, prompts: Sequence[str]) -> None:
     """A model of a small world says which words it has never seen."""
     known = model.defaults.get("words")
@@ -337,73 +151,104 @@ def warn_unknown_words(model: StableDiffusion, prompts: Sequence[str]) -> None:
             )
 
 
-def write(result: Result, job: Job, args: argparse.Namespace) -> None:
+def write(result: Result, job: Job, args: argparse.Namespace) -> dict[str, Image.Image]:
     """Every picture, with --maps its word maps, all pictures side by side, and --html's page."""
+    words = repeat.command(args, make_parser())
     settings = {"model": args.model, "dtype": args.dtype} | result.settings
+    settings |= {"command": words, "Software": f"minip2p {VERSION}, torch {torch.__version__}"}
+    pictures: dict[str, tuple[Image.Image, dict[str, Any]]] = {}
     for i, (image, name) in enumerate(zip(result.images, job.names, strict=True)):
-        own = settings | {"prompt": job.prompts[i], "edit": repr(job.edits[i - 1]) if i else "None"}
-        save(image, args.out / f"{name}.png", own)
+        edit = written(job.edits[i - 1] if i else None)
+        own = settings | {"prompt": job.prompts[i], "edit": edit}
+        pictures[f"{name}.png"] = image, own
         if args.maps and result.attention:
-            save(show.word_maps(image, result.attention, i), args.out / f"{name}-maps.png", own)
+            maps = show.word_maps(image, result.attention, i)
+            pictures[f"{name}-maps.png"] = maps, own
         if args.put_back and result.source and i:
-            whole = result.source.picture.put_back(image)
-            save(whole, args.out / f"{name}-put-back.png", own)
+            pictures[f"{name}-put-back.png"] = result.source.picture.put_back(image), own
+    if len(result.images) > 1 or result.source:
+        pictures["row.png"] = side_by_side(result, job, args), settings
+
+    # All is made before the first is written.
+    encoded = {
+        args.out / name: files.png(image, own | {"file": name}, args.out / name)
+        for name, (image, own) in pictures.items()
+    }
+    if args.html:
+        shown = settings | {"command": shlex.join(words)}
+        text = page(replace(result, settings=shown), result.edit, job.names)
+        encoded[args.html] = text.encode()
+    files.replace_run(encoded)
+    return {name: image for name, (image, _) in pictures.items()}
+
+
+def side_by_side(result: Result, job: Job, args: argparse.Namespace) -> Image.Image:
+    """All pictures in one row; with --sweep, in one for each edited prompt."""
     images, captions, first = result.images, job.captions, 1
     if result.source:
         images, first = [result.source.picture.image, *images], 2
         captions = ["given", f"{captions[0]} (reconstruction)", *captions[1:]]
-    if len(images) > 1:
-        # One row; with --sweep, one for each edited prompt.
-        columns = args.sweep.count(",") + 1 + args.baseline if args.sweep else len(images)
-        starts = range(first, max(len(images), first + 1), columns)
-        rows = [images[:first] + images[i : i + columns] for i in starts]
-        texts = [captions[:first] + captions[i : i + columns] for i in starts]
-        save(show.grid(rows, texts), args.out / "row.png", settings)
-    if args.html:
-        text = page(replace(result, settings=settings), result.edit, job.names)
-        write_whole(args.html, lambda file: file.write(text.encode()))
+    columns = args.sweep.count(",") + 1 + args.baseline if args.sweep else len(images)
+    starts = range(first, max(len(images), first + 1), columns)
+    rows = [images[:first] + images[i : i + columns] for i in starts]
+    return show.grid(rows, [captions[:first] + captions[i : i + columns] for i in starts])
 
 
-def run(argv: Sequence[str] | None) -> None:
+def check_places(job: Job, args: argparse.Namespace) -> None:
+    """Raises ValueError, before time is spent on pictures, if they can't be written."""
+    files.check_out(args.out)
+    names = [*job.names, *(f"{name}-maps" for name in job.names if args.maps)]
+    names += [f"{name}-put-back" for name in job.names[1:] if args.put_back]
+    names += ["row"] if len(job.names) > 1 or job.names == ["reconstruction"] else []
+    taken = {args.out / f"{name}.png" for name in names}
+    for path in sorted(taken):
+        files.check_free(path)
+    if args.inversion:
+        files.check_out(args.inversion.parent, "--inversion")
+    for option, path in (("--html", args.html), ("--preview", args.preview)):
+        if path:
+            files.check_out(path.parent, option)
+            files.check_free(path, option)
+            if path in taken:
+                raise ValueError(f"{option} {path} is the place of another file: name a free one.")
+            taken.add(path)
+
+
+def previewer(model: StableDiffusion, job: Job, args: argparse.Namespace) -> Callback:
+    """Rewrites --preview's file ten times in a run, or after each call where there are fewer."""
+
+    def draw(call: int, calls: int, latents: Tensor) -> None:
+        if (call + 1) % max(1, calls // 10) == 0 or call + 1 == calls:
+            image = show.row(show.preview(model, latents), job.captions)
+            own = {"model": args.model, "prompts": job.prompts, "call": f"{call + 1} of {calls}"}
+            files.write_all({args.preview: files.png(image, own, args.preview)})
+
+    return draw
+
+
+def run(argv: Sequence[str]) -> None:
     args, rest = make_parser().parse_known_args(argv)
     if rest:
         raise ValueError(
             f"{' '.join(rest)!r} is not understood: a prompt stands in quotes, "
             "and --help lists the options."
         )
+    original = repeat.original(argv, args, make_parser) if args.repeat else None
+    args = original.args if original else args
     job = make_job(args)
-    check_out(args.out)
-    if args.inversion:
-        check_out(args.inversion.parent, "--inversion")
-    if args.html:
-        check_out(args.html.parent, "--html")
-        if args.html.is_dir():
-            raise ValueError(f"--html {args.html} is a folder: name a file in it.")
-    model = load(
-        args.model, tokenizer=args.tokenizer, device=args.device, dtype=getattr(torch, args.dtype)
-    )
-    if model.device.type == "cpu":
-        fast.keep_memory()
-    if args.fast:
-        fast.prepare(model.unet)
+    check_places(job, args)
+    model = load_model(args)
     warn_unknown_words(model, job.prompts)
+    job.edits = fit_words(model, job)
     if args.explain:
-        print(
-            explain(
-                model,
-                job.prompts,
-                job.edits,
-                height=args.height,
-                width=args.width,
-                **given.plan(model, args),
-            )
-        )
+        size = {"height": args.height, "width": args.width}
+        print(explain(model, job.prompts, job.edits, **size, **given.plan(model, args)))
         return
     source = given.find(model, args)
     if source and args.inversion and not args.inversion.exists():
         args.inversion.parent.mkdir(parents=True, exist_ok=True)
         source.save(args.inversion)
-        say(args.inversion)
+        files.say(args.inversion)
     result = generate(
         model,
         job.prompts,
@@ -418,9 +263,29 @@ def run(argv: Sequence[str] | None) -> None:
         scheduler=args.scheduler,
         eta=args.eta,
         store=PageStore() if args.html else args.maps,
+        callback=previewer(model, job, args) if args.preview else None,
         progress=True,
     )
-    write(result, job, args)
+    made = write(result, job, args)
+    if args.preview:
+        files.say(args.preview)
+    if original:
+        original.compare(made)
+
+
+def load_model(args: argparse.Namespace) -> StableDiffusion:
+    model = load(
+        args.model,
+        tokenizer=args.tokenizer,
+        device=args.device,
+        dtype=getattr(torch, args.dtype),
+        ema=args.ema,
+    )
+    if model.device.type == "cpu":
+        fast.keep_memory()
+    if args.fast:
+        fast.prepare(model.unet)
+    return model
 
 
 def fail(error: object) -> int:
@@ -433,7 +298,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """The exit status: 0, 2 for a mistake of the user's, 130 for an interruption."""
     warnings.formatwarning = lambda message, *_, **__: f"{message}\n"
     try:
-        run(argv)
+        run(sys.argv[1:] if argv is None else argv)
     except (OSError, ValueError) as error:
         return fail(error)
     except RuntimeError as error:

@@ -6,15 +6,19 @@ Every function returns a new PIL image and changes nothing.
 from __future__ import annotations
 
 import unicodedata
+import weakref
 from collections.abc import Sequence
 from typing import Any
 
 import torch
 from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
+from torch.nn import functional as F
 
 from ..store import AttentionStore
+from ..vae import VAE
 from ..vae import to_images as to_images  # it is asked for here
+from ..weights import StableDiffusion
 
 CELL = 256  # a picture's height in a row, in pixels; smaller ones are enlarged to it
 FONT_SIZE = 15
@@ -25,6 +29,9 @@ NARROW = 96  # captions have at least this width
 COLOURS = torch.tensor(
     [[0, 0, 4], [81, 18, 124], [183, 55, 121], [252, 137, 97], [252, 253, 191.0]]
 )
+
+# Of each model's VAE: from latents and a 1 to colours in [-1, 1], 5 3
+LATENT_COLOURS: weakref.WeakKeyDictionary[VAE, Tensor] = weakref.WeakKeyDictionary()
 
 
 def row(
@@ -140,3 +147,33 @@ def map_over_calls(
     calls = sorted({round(i * (store.calls - 1) / max(1, columns - 1)) for i in range(columns)})
     maps = [overlay(image, store.word(word, prompt, call=call, **which)) for call in calls]
     return row([image, *maps], [word, *(f"call {call}" for call in calls)])
+
+
+@torch.inference_mode()
+def preview(model: StableDiffusion, latents: Tensor) -> list[Image.Image]:
+    """What pictures will become, in no time: a linear map from latents to colours, a pixel each.
+
+    latents: b 4 h w → b RGB images of w x h
+    """
+    if model.vae not in LATENT_COLOURS:
+        LATENT_COLOURS[model.vae] = latent_colours(model.vae, model.device)
+    pixels = with_one(latents.float()) @ LATENT_COLOURS[model.vae]  # b h w 3
+    return to_images(pixels.nan_to_num().permute(0, 3, 1, 2))
+
+
+def latent_colours(vae: VAE, device: torch.device) -> Tensor:
+    """The map by least squares, on patches of random latents and what the VAE makes of them. → 5 3
+
+    Patches of 4 x 4, since latents are of unit variance, but not white: white noise gives grey.
+    """
+    noise = torch.randn(4, 4, 4, 4, generator=torch.Generator().manual_seed(0)).to(device)
+    latents = F.interpolate(noise, scale_factor=4)  # b 4 16 16
+    pixels = torch.cat([vae.decode(x) for x in latents.split(1)]).clamp(-1, 1)
+    colours = F.avg_pool2d(pixels, vae.f).permute(0, 2, 3, 1)
+    x, y = with_one(latents).flatten(0, 2), colours.flatten(0, 2)
+    return torch.linalg.solve(x.mT @ x, x.mT @ y)  # the normal equations, on every device
+
+
+def with_one(latents: Tensor) -> Tensor:
+    """b 4 h w → b h w 5"""
+    return F.pad(latents.permute(0, 2, 3, 1), (0, 1), value=1.0)

@@ -1,0 +1,354 @@
+"""What `generate` takes beside Python's own numbers and strings, and what it records of a run."""
+
+import subprocess
+import sys
+import time
+import warnings
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from torch.nn import functional as F
+
+import minip2p
+from minip2p import (
+    DDIM,
+    PNDM,
+    Chain,
+    LocalBlend,
+    PromptEdit,
+    Refine,
+    Reweight,
+    WordSwap,
+    generate,
+    settings,
+    show,
+)
+
+CAT, DOG = "a photo of a cat", "a photo of a dog"
+OWN = settings.NOT_HERE
+
+
+@pytest.fixture(scope="module")
+def model() -> minip2p.StableDiffusion:
+    return minip2p.load(device="cpu")
+
+
+# --- what is taken -------------------------------------------------------------------------------
+
+
+def test_prompts_in_any_sequence(model):
+    wanted = generate(model, [CAT, DOG], num_inference_steps=1)
+    for prompts in ((CAT, DOG), np.array([CAT, DOG]), np.array([CAT, DOG], dtype=object)):
+        found = generate(model, prompts, num_inference_steps=1)
+        assert found.latents.equal(wanted.latents)
+        assert found.settings == wanted.settings
+        assert [type(prompt) for prompt in found.settings["prompts"]] == [str, str]
+    assert generate(model, np.array(CAT), num_inference_steps=1).settings["prompts"] == [CAT]
+
+
+@pytest.mark.parametrize("dtype", [np.float16, np.float32, np.float64, ">f4"])
+def test_latents_of_numpy(model, dtype):
+    noise = np.random.default_rng(0).standard_normal((1, 4, 16, 16)).astype(dtype)
+    noise.flags.writeable = False  # of which torch warns
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        found = generate(model, CAT, latents=noise, num_inference_steps=2)
+    wanted = torch.tensor(noise.astype(np.float32))
+    wanted = generate(model, CAT, latents=wanted, num_inference_steps=2)
+    assert found.latents.equal(wanted.latents)
+
+
+def test_given_latents_are_left_alone(model):
+    noise = torch.randn(1, 4, 16, 16)
+    before = noise.clone()
+    generate(model, CAT, latents=noise, num_inference_steps=1)
+    assert noise.equal(before)
+
+
+def test_numbers_of_numpy(model):
+    given = {
+        "num_inference_steps": 2,
+        "guidance_scale": 3.5,
+        "seed": 7,
+        "height": 64,
+        "width": 32,
+        "eta": 0.5,
+    }
+    numpys = {
+        name: (np.float32 if isinstance(value, float) else np.int64)(value)
+        for name, value in given.items()
+    }
+    wanted = generate(model, CAT, scheduler="ddim", **given)
+    found = generate(model, CAT, scheduler="ddim", **numpys)
+    assert found.latents.equal(wanted.latents)
+    assert repr(found.settings) == repr(wanted.settings)
+    assert {name: found.settings[name] for name in given} == given
+    assert "np." not in repr(found.settings)
+
+
+# --- callback ------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("scheduler, calls", [("ddim", 3), ("pndm", 4)])
+def test_callback_sees_every_call(model, scheduler, calls):
+    seen = []
+
+    def callback(*args: object) -> None:
+        seen.append(args)
+        args[2].zero_()  # a copy: the run goes on with its own
+
+    run = {"edit": "auto", "num_inference_steps": 3, "scheduler": scheduler}
+    wanted = generate(model, [CAT, DOG], **run)
+    found = generate(model, [CAT, DOG], callback=callback, **run)
+    assert [args[:2] for args in seen] == [(n, calls) for n in range(calls)]
+    assert all(args[2].shape == (2, 4, 16, 16) for args in seen)
+    assert found.latents.equal(wanted.latents)
+
+    last = []
+    generate(model, [CAT, DOG], callback=lambda call, calls, x: last.append(x), **run)
+    assert last[-1].equal(wanted.latents)
+    assert not last[-1].is_inference()  # a usual tensor, to do anything with
+
+
+class TooLate(BaseException):
+    pass
+
+
+@pytest.mark.parametrize("error", [TooLate, KeyboardInterrupt, ValueError, StopIteration])
+def test_what_a_callback_raises_ends_the_run(model, error):
+    wanted = generate(model, [CAT, DOG], edit=WordSwap(), num_inference_steps=2)
+    raised, calls = error("enough"), []
+
+    def callback(call: int, *_: object) -> None:
+        calls.append(call)
+        raise raised
+
+    with pytest.raises(error) as found:
+        generate(model, [CAT, DOG], edit=WordSwap(), num_inference_steps=2, callback=callback)
+    assert found.value is raised and calls == [0]
+    again = generate(model, [CAT, DOG], edit=WordSwap(), num_inference_steps=2)
+    assert again.latents.equal(wanted.latents)  # nothing had to be undone
+
+
+# --- numbers that end ----------------------------------------------------------------------------
+
+
+class Spoil(minip2p.Edit):
+    def __init__(self, value: float):
+        self.value = value
+
+    def blend(self, latents: torch.Tensor) -> torch.Tensor:
+        latents = latents.clone()
+        latents[-1, 0, 3, 3] = self.value
+        return latents
+
+
+@pytest.mark.parametrize("value, said", [(torch.nan, "nan"), (-torch.inf, "infinite|nan")])
+def test_latents_that_end(model, value, said):
+    with pytest.raises(ValueError, match=f"The latents became ({said}) in float32: try another"):
+        generate(model, [CAT, DOG], edit=Spoil(value), num_inference_steps=1)
+    with pytest.raises(ValueError, match="The latents became nan"):
+        generate(model, CAT, edit=Spoil(value), num_inference_steps=2, scheduler="pndm")
+
+
+# --- what is recorded ----------------------------------------------------------------------------
+
+
+def record(model, prompts=CAT, **asked) -> dict[str, object]:
+    if "scheduler" not in asked:
+        asked["num_inference_steps"] = 1
+    return generate(model, prompts, **asked).settings
+
+
+def test_a_plain_run_is_recorded_whole(model):
+    assert record(model, negative_prompt="a dog", seed=3) == {
+        "prompts": [CAT],
+        "negative_prompt": "a dog",
+        "edit": "None",
+        "seed": 3,
+        "scheduler": "ddim",
+        "num_inference_steps": 1,
+        "eta": 0.0,
+        "guidance_scale": 4.0,
+        "height": 64,
+        "width": 64,
+    }
+
+
+def test_given_latents_are_said_not_to_be_there(model):
+    noise = torch.zeros(1, 4, 16, 16)
+    found = record(model, latents=noise)
+    assert found["latents"] == OWN and found["seed"] is None
+    assert "latents" not in record(model)
+    # More noise is drawn: the seed says which.
+    found = record(model, latents=noise, eta=0.5, seed=5)
+    assert found["latents"] == OWN and found["seed"] == 5
+
+
+@pytest.mark.parametrize("kind, name", [(DDIM, "ddim"), (PNDM, "pndm")])
+def test_a_given_scheduler_is_said_not_to_be_there(model, kind, name):
+    found = record(model, scheduler=kind(2))
+    assert found["scheduler"] == f"{name}: {OWN}"
+    assert found["num_inference_steps"] == 2 and found["seed"] == 8888
+    noise = torch.zeros(1, 4, 16, 16)
+    assert record(model, scheduler=DDIM(2, eta=0.5), latents=noise)["seed"] is None
+    assert record(model, scheduler=name, num_inference_steps=2)["scheduler"] == name
+
+
+class Louder(minip2p.Edit):
+    pass
+
+
+class MySwap(WordSwap):
+    pass
+
+
+EDITS = [
+    WordSwap(),
+    Refine(0.5, (0.1, 0.4)),
+    PromptEdit({"default_": 0.8, "cat": (0.2, 0.5)}, 0, LocalBlend(["cat", "photo"], subtract="a")),
+    Reweight({"dog": 2, "photo": -0.5}, WordSwap(local_blend=LocalBlend("cat", 0.5, 0.1)), False),
+    [WordSwap()],
+    "auto",
+    None,
+    Chain([WordSwap(1.0)]),
+]
+
+
+@pytest.mark.parametrize("edit", EDITS, ids=str)
+def test_an_edit_is_recorded_as_what_makes_it_again(model, edit):
+    run = {"num_inference_steps": 2}
+    wanted = generate(model, [CAT, DOG], edit=edit, **run)
+    again = eval(wanted.settings["edit"], dict(vars(minip2p)))
+    if not isinstance(edit, Chain):
+        assert again == edit and wanted.settings["edit"] == repr(edit)
+    assert generate(model, [CAT, DOG], edit=again, **run).latents.equal(wanted.latents)
+
+
+def test_an_edit_is_recorded_in_plain_numbers(model):
+    edit = Reweight(
+        {"dog": np.float32(2)},
+        WordSwap({"dog": np.float64(0.5)}, (0, np.float16(0.25)), LocalBlend("dog", np.float64(0))),
+        everywhere=False,
+    )
+    found = record(model, [CAT, DOG], edit=edit)["edit"]
+    plain = Reweight(
+        {"dog": 2.0}, WordSwap({"dog": 0.5}, (0, 0.25), LocalBlend("dog", 0.0)), everywhere=False
+    )
+    assert found == repr(plain)
+
+
+@pytest.mark.parametrize(
+    "edit, said",
+    [
+        (Louder(), f"<Louder: {OWN}>"),
+        (Chain([WordSwap(), Louder()]), f", <Louder: {OWN}>])"),
+        (MySwap(), f"<MySwap: {OWN}>"),
+        ([MySwap()], f"[<MySwap: {OWN}>]"),
+        (WordSwap(local_blend=LocalBlend(mask=np.eye(16))), f"mask=<ndarray: {OWN}>))"),
+        (WordSwap(local_blend=LocalBlend(mask=Image.new("1", (16, 16), 1))), f"<Image: {OWN}>"),
+    ],
+    ids=str,
+)
+def test_what_only_the_caller_has_is_said_not_to_be_there(model, edit, said):
+    found = record(model, [CAT, DOG], edit=edit)["edit"]
+    assert found.endswith(said) or said in found
+    assert " at 0x" not in found
+    with pytest.raises(SyntaxError):  # nobody makes the wrong edit of it
+        eval(found, dict(vars(minip2p)))
+
+
+# --- previews ------------------------------------------------------------------------------------
+
+
+def colours(model, latents: torch.Tensor) -> torch.Tensor:
+    """What a preview should show: the mean of each latent pixel's f x f pixels, in 0 to 1."""
+    with torch.inference_mode():
+        pixels = model.vae.decode(latents).clamp(-1, 1) / 2 + 0.5
+    return F.avg_pool2d(pixels, model.vae.f).permute(0, 2, 3, 1)
+
+
+def explained(wanted: torch.Tensor, previews: list[Image.Image]) -> float:
+    """The share of the colours' variance that previews explain."""
+    found = torch.stack([torch.tensor(np.asarray(preview)) for preview in previews]) / 255
+    spread = wanted - wanted.mean(dim=(0, 1, 2))
+    return 1 - float((found - wanted).square().sum() / spread.square().sum())
+
+
+def test_preview_shows_what_pictures_become(model):
+    prompts = ["a squirrel eating a burger at night", "a sketch of a dog", "a red car"]
+    latents = generate(model, prompts, num_inference_steps=8).latents
+    wanted = colours(model, latents)
+    assert explained(wanted, show.preview(model, latents)) > 0.85
+    assert explained(wanted, show.preview(model, latents.flip(1))) < 0  # channels mean something
+    assert explained(wanted, show.preview(model, latents.flip(3))) < 0.7  # and so do places
+
+
+def test_preview_changes_nothing_and_fits_once(model, monkeypatch):
+    latents = torch.randn(2, 4, 10, 14)
+    state, before = torch.get_rng_state(), latents.clone()
+    first = show.preview(model, latents)
+    monkeypatch.setattr(type(model.vae), "decode", None)  # is not needed a second time
+    again = show.preview(model, latents.double())
+    assert [image.size for image in first] == [(14, 10)] * 2
+    assert [image.tobytes() for image in again] == [image.tobytes() for image in first]
+    assert state.equal(torch.get_rng_state()) and latents.equal(before)
+    show.preview(model, torch.full((1, 4, 2, 2), torch.nan))  # draws something
+
+
+# --- progress ------------------------------------------------------------------------------------
+
+
+def test_the_time_left_is_said_from_the_first_call(model, capsys, monkeypatch):
+    """Of slow calls and slow decoding, as SD's are on a CPU."""
+
+    def slow(method, seconds):
+        def call(*args, **settings):
+            time.sleep(seconds)
+            return method(*args, **settings)
+
+        return call
+
+    monkeypatch.setattr(type(model.unet), "forward", slow(type(model.unet).forward, 0.3))
+    monkeypatch.setattr(type(model.vae), "decode", slow(type(model.vae).decode, 1.1))
+    generate(model, [CAT, DOG], num_inference_steps=3, progress=True)
+    shown = capsys.readouterr().err.split("\r")
+    first = next(line for line in shown if " 1/3 [" in line)
+    assert "<00:0" in first and "<?" not in first  # elapsed<left
+    assert any(line.startswith("decoding: ") and " 1/2 [" in line for line in shown)
+
+
+def test_what_is_quick_shows_one_bar_and_what_is_silent_none(model, capsys):
+    generate(model, [CAT, DOG], num_inference_steps=1, progress=True)
+    assert "decoding" not in capsys.readouterr().err
+    generate(model, [CAT, DOG], num_inference_steps=1)
+    assert capsys.readouterr().err == ""
+
+
+def test_a_notebook_without_widgets_gets_no_warning():
+    """In a kernel of Jupyter's, with ipywidgets missing; in a process of its own."""
+    code = """
+import sys, types, warnings
+kernel = types.ModuleType("IPython")
+kernel.get_ipython = lambda: types.SimpleNamespace(config={"IPKernelApp": {}})
+sys.modules |= {"IPython": kernel, "ipykernel.zmqshell": kernel, "ipywidgets": None}
+for module in ("tqdm.auto", "minip2p.progress"):
+    with warnings.catch_warnings(record=True) as said:
+        warnings.simplefilter("always")
+        __import__(module)
+    print(module, *(str(warning.message).split(".")[0] for warning in said))
+    for name in [name for name in sys.modules if name.startswith("tqdm.a")]:
+        del sys.modules[name]
+"""
+    root = str(settings.__file__).rsplit("/", 2)[0]
+    done = subprocess.run(
+        [sys.executable, "-c", code],
+        env={"PYTHONPATH": root},
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.splitlines() == ["tqdm.auto IProgress not found", "minip2p.progress"]
