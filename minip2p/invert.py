@@ -33,10 +33,9 @@ from tqdm import tqdm
 from . import picture, text
 from .attention import Edit, Site, Words
 from .check import check, describe, is_number, is_whole
-from .picture import Picture
+from .picture import Picture, to_images
 from .scheduler import DDIM
 from .settings import choose, latent_size, make_scheduler
-from .vae import to_images
 from .weights import StableDiffusion
 
 METHODS = ("direct", "edit-friendly", "ddim")
