@@ -194,7 +194,7 @@ class PromptToPrompt(Edit):
         return latents
 
 
-def as_mix(source: Tensor, own: Tensor, weights: Tensor, device: torch.device | str) -> Mix | None:
+def as_mix(source: Tensor, own: Tensor, weights: Tensor, device: Device) -> Mix | None:
     """M̂_r = (M_0 source_r + M_r diag(own_r)) diag(weights_r) of every row; None: all as they are.
 
     source: b k k. own, weights: b k. A row's own map comes first, then what it takes from the
