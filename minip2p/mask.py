@@ -36,14 +36,14 @@ def read_mask(mask: Any, latent_size: tuple[int, int]) -> Tensor:
     tops = [top for top in TOPS if high < top + 1]
     check(
         tops,
-        f"A blend's mask has the numbers 0 and 1, or 0 and 255, not from {low:g} to {high:g}.",
+        f"A blend's mask has numbers from {low:g} to {high:g}: give it 0 and 1, or 0 and 255.",
     )
     half = tops[0] / 2
     selected = F.adaptive_avg_pool2d(numbers[None], latent_size)[0] > half
     check(
         selected.any(),
         f"A blend's mask selects nothing: its numbers go from {low:g} to {high:g}, and only what "
-        f"is above {half:g} on average of {height // h} x {width // w} pixels is edited; give it "
+        f"is above {half:g} on average of {height // h} x {width // w} pixels is edited: give it "
         "0 and 1, or 0 and 255.",
     )
     return selected
@@ -51,18 +51,18 @@ def read_mask(mask: Any, latent_size: tuple[int, int]) -> Tensor:
 
 def to_numbers(mask: Any) -> np.ndarray:
     """→ float64, a copy that torch may write to"""
-    if isinstance(mask, Image.Image):
-        mask = of_image(mask)
-    if isinstance(mask, Tensor):
-        mask = mask.detach().cpu()
-        mask = (mask.double() if mask.is_floating_point() else mask).numpy()
+    given = of_image(mask) if isinstance(mask, Image.Image) else mask
+    if isinstance(given, Tensor):
+        given = given.detach().cpu()
+        given = (given.double() if given.is_floating_point() else given).numpy()
     try:
-        numbers = np.array(mask)
+        numbers = np.array(given)
     except (TypeError, ValueError):  # rows of different lengths
         numbers = np.array(None)
     check(
         numbers.dtype.kind in "buif",
-        f"A blend's mask is a PIL image, an array or a tensor, not {describe(mask)}.",
+        "A blend's mask is a PIL image, or an array or a tensor of real numbers, not "
+        f"{describe(mask)}.",
     )
     return numbers.astype(np.float64)
 

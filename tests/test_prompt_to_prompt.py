@@ -416,6 +416,29 @@ def blend_of_two_edits_of_three_on_refine_and_reweight() -> Case:
 
 
 @case
+def blend_where_a_silenced_word_is() -> Case:
+    return Case(
+        [SQUIRREL, SNOW, SNOW],
+        [
+            Reweight({"snow": 0.0}, Refine(0.7, 0.4, LocalBlend("snow", 0.5))),
+            Reweight({"snow": -1.0}, Refine(0.7, 0.4, LocalBlend("burger", 0.5, subtract="snow"))),
+        ],
+        [
+            ref.Edit(
+                *(ref.refine, (0, 0.7), (0, 0.4)),
+                weights={"snow": 0.0},
+                blend=ref.Blend([], ["snow"], threshold=0.5),
+            ),
+            ref.Edit(
+                *(ref.refine, (0, 0.7), (0, 0.4)),
+                weights={"snow": -1.0},
+                blend=ref.Blend(["burger"], ["burger"], [], ["snow"], threshold=0.5),
+            ),
+        ],
+    )
+
+
+@case
 def blend_with_a_mask_of_one_s_own() -> Case:
     mask = torch.zeros(16, 16, dtype=torch.bool)
     mask[3:11, 2:9] = True
@@ -800,13 +823,13 @@ def test_auto_takes_the_edit_that_fits(model):
     assert torch.equal(auto, generate(model, prompts, [WordSwap(), Refine()]).latents)
 
 
-def test_a_mask_of_everything_is_no_blend_and_of_nothing_the_source(model):
+def test_a_mask_of_everything_is_no_blend_and_of_nothing_an_error(model):
     def run(blend):
         return generate(model, [SQUIRREL, LION], WordSwap(0.8, 0.4, blend)).latents
 
     assert torch.equal(run(LocalBlend(mask=torch.ones(16, 16))), run(None))
-    source, edited = run(LocalBlend(mask=torch.zeros(64, 64)))
-    assert torch.equal(source, edited)
+    with pytest.raises(ValueError, match="mask selects nothing: its numbers go from 0 to 0"):
+        run(LocalBlend(mask=torch.zeros(64, 64)))
 
 
 def test_a_blend_keeps_the_source_outside_of_its_mask(model):
