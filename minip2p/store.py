@@ -241,7 +241,7 @@ class AttentionStore(Edit):
         pixels, maps = site.height * site.width, self.maps[site]
         columns = (LENGTH if self.words is None else len(self.words)) if site.is_cross else pixels
         right = len(self.prompts), pixels, columns
-        most = self.calls if self.by_call else 1
+        most = self.calls if self.by_call else min(self.calls, 1)
         return 1 <= len(maps) <= most and all(one.shape == right for one in maps)
 
 
