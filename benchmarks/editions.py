@@ -29,7 +29,7 @@ def worker(size: int) -> None:
 
     import minip2p
     from minip2p import LocalBlend, WordSwap, text
-    from minip2p.attention import Guided, Words, coarse_size
+    from minip2p.attention import Guided, Words
     from minip2p.edit import bind
 
     torch.set_num_threads(os.cpu_count() or 1)
@@ -50,7 +50,7 @@ def worker(size: int) -> None:
         "outside of the windows": WordSwap(0.2, 0.2),
         "swap and blend": WordSwap(1.0, 1.0, LocalBlend("lion")),
     }
-    coarse = coarse_size(side, side, unet.levels)
+    coarse = (side, side) if side <= 16 else (16, 16)  # a UNet of three levels that attend
     bound = {
         name: bind(edit, tokens, latent_size=(side, side), coarse=coarse)
         for name, edit in edits.items()

@@ -245,8 +245,9 @@ def call_sides(
     from written_out import Controller, control
 
     from minip2p import AttentionStore, Chain, LocalBlend, WordSwap, text
-    from minip2p.attention import Guided, Words, coarse_size
+    from minip2p.attention import Guided, Words
     from minip2p.edit import bind
+    from minip2p.settings import coarse_size
 
     some = model or quick
     prompts = prompts_of(edits)

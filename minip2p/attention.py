@@ -21,6 +21,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import scaled_dot_product_attention
 
+Size = tuple[int, int]  # height, width
+Device = torch.device | str
+
 
 @dataclass(frozen=True)
 class Site:
@@ -31,20 +34,6 @@ class Site:
     is_cross: bool  # True: pixels look at words (attn2). False: pixels look at pixels (attn1).
     height: int = 0  # of the feature map; 0 as long as none has come
     width: int = 0
-
-
-def coarse_size(height: int, width: int, levels: int) -> tuple[int, int]:
-    """Size of the coarse feature maps, those of the layout, for latents of height x width.
-
-    The coarsest of the `levels` at which the UNet attends whose shorter side is at least 16: 16 x
-    16 for a 512 x 512 picture of SD 1.x, 24 x 24 at 768 x 768.
-    """
-    for _ in range(levels - 1):
-        half = (height + 1) // 2, (width + 1) // 2
-        if min(half) < 16:
-            break
-        height, width = half
-    return height, width
 
 
 class Edit:

@@ -18,6 +18,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from .align import LENGTH, Alignment, Prompt
+from .attention import Device, Size
 from .check import check, is_number
 from .mask import read_mask
 
@@ -79,9 +80,9 @@ class Blend:
         r: int,
         prompts: Sequence[Prompt],
         alignment: Alignment,
-        latent_size: tuple[int, int],
-        coarse: tuple[int, int],
-        device: torch.device | str,
+        latent_size: Size,
+        coarse: Size,
+        device: Device,
     ):
         self.spec, self.r, self.latent_size, self.coarse = spec, r, latent_size, coarse
         self.text = prompts[r].text

@@ -39,7 +39,7 @@ from .align import (
     token_windows,
     window,
 )
-from .attention import Edit, Mix, Site
+from .attention import Device, Edit, Mix, Site, Size
 from .blend import Blend, LocalBlend
 from .check import check, describe, is_number
 
@@ -63,11 +63,8 @@ class PromptEdit:
     local_blend: LocalBlend | None = None
 
     def __post_init__(self) -> None:
-        blend = self.local_blend
-        check(
-            isinstance(blend, LocalBlend | None),
-            f"local_blend is a LocalBlend, not {describe(blend)}.",
-        )
+        blend, is_one = self.local_blend, isinstance(self.local_blend, LocalBlend | None)
+        check(is_one, f"local_blend is a LocalBlend, not {describe(blend)}.")
 
     def align(self, source: Prompt, target: Prompt) -> Alignment:
         """WordSwap where both prompts have as many words, Refine where not."""
@@ -119,11 +116,8 @@ class Reweight:
             isinstance(self.weights, Mapping) and self.weights,
             f'Reweight takes a dict from words to weights, {{"word": 2.0}}, not {self.weights!r}.',
         )
-        for word, weight in self.weights.items():
-            check(
-                is_number(weight),
-                f"The weight of {word!r} must be one finite number, not {weight!r}.",
-            )
+        for word, one in self.weights.items():
+            check(is_number(one), f"The weight of {word!r} must be one finite number, not {one!r}.")
         check(
             isinstance(self.edit, PromptEdit),
             f"A Reweight comes on top of a WordSwap or Refine, not of {describe(self.edit)}.",
@@ -131,9 +125,8 @@ class Reweight:
 
 
 # What `generate` takes as `edit`; a list has one for each edited prompt, None to leave it alone.
-Edits = (
-    Edit | PromptEdit | Reweight | Literal["auto"] | Sequence[PromptEdit | Reweight | None] | None
-)
+OfPrompt = PromptEdit | Reweight | None
+Edits = Edit | OfPrompt | Literal["auto"] | Sequence[OfPrompt]
 
 
 # --- what a run is given -------------------------------------------------------------------------
@@ -145,12 +138,7 @@ class PromptToPrompt(Edit):
     A row that nothing edits has zeros, and weights of one. Make a new one for each run.
     """
 
-    def __init__(
-        self,
-        prompts: Sequence[Prompt],
-        coarse: tuple[int, int],
-        device: torch.device | str = "cpu",
-    ):
+    def __init__(self, prompts: Sequence[Prompt], coarse: Size, device: Device):
         b = len(prompts)
         self.prompts, self.coarse, self.device = prompts, coarse, device
         self.mapper, self.exists = torch.zeros(b, LENGTH, LENGTH), torch.zeros(b, LENGTH)
@@ -206,7 +194,7 @@ class PromptToPrompt(Edit):
         return latents
 
 
-def as_mix(source: Tensor, own: Tensor, weights: Tensor, device: torch.device | str) -> Mix | None:
+def as_mix(source: Tensor, own: Tensor, weights: Tensor, device: Device) -> Mix | None:
     """M̂_r = (M_0 source_r + M_r diag(own_r)) diag(weights_r) of every row; None: all as they are.
 
     source: b k k. own, weights: b k. A row's own map comes first, then what it takes from the
@@ -239,9 +227,9 @@ def bind(
     edit: Edits,
     prompts: Sequence[Prompt],
     *,
-    latent_size: tuple[int, int],
-    coarse: tuple[int, int],
-    device: torch.device | str = "cpu",
+    latent_size: Size,
+    coarse: Size,
+    device: Device = "cpu",
     defaults: Mapping[str, Any] | None = None,
 ) -> Edit | None:
     """Tie an edit to the prompts of a run. Every word is found, and every mistake, here.
@@ -269,7 +257,7 @@ def bind(
     return bound
 
 
-def one_each(edit: Any, n: int) -> Sequence[PromptEdit | Reweight | None]:
+def one_each(edit: Any, n: int) -> Sequence[OfPrompt]:
     """The edits of n prompts. Raises ValueError unless `edit` is one for all of them or n."""
     edit = PromptEdit() if isinstance(edit, str) and edit == "auto" else edit
     edits = [edit] * n if isinstance(edit, PromptEdit | Reweight) else edit
@@ -279,16 +267,14 @@ def one_each(edit: Any, n: int) -> Sequence[PromptEdit | Reweight | None]:
         f"prompt, or an object of a subclass of minip2p.Edit, not {describe(edit)}.",
     )
     for one in edits:
-        beside = ", which goes beside an edit in minip2p.Chain([edit, hook])"
+        hook = ", which goes beside an edit in minip2p.Chain([edit, hook])"
         check(
-            isinstance(one, PromptEdit | Reweight | None),
+            isinstance(one, OfPrompt),
             "An edited prompt's edit is a WordSwap, Refine, Reweight or None, "
-            f"not {describe(one)}{beside if isinstance(one, Edit) else ''}.",
+            f"not {describe(one)}{hook if isinstance(one, Edit) else ''}.",
         )
-    check(
-        len(edits) == n,
-        f"A list of edits has one for each edited prompt: {n}, not {len(edits)}.",
-    )
+    as_many = len(edits) == n
+    check(as_many, f"A list of edits has one for each edited prompt: {n}, not {len(edits)}.")
     return edits
 
 

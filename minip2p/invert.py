@@ -29,11 +29,10 @@ from torch import Tensor
 from . import picture, saved, text
 from .attention import Edit, Site, Words
 from .check import check, describe, is_number, is_whole
-from .picture import Picture
+from .picture import Picture, to_images
 from .progress import tqdm
 from .scheduler import DDIM
 from .settings import check_finite, choose, latent_size, make_scheduler
-from .vae import to_images
 from .weights import StableDiffusion
 
 METHODS = ("direct", "edit-friendly", "ddim")

@@ -16,14 +16,14 @@ from PIL import Image
 from torch import Tensor
 
 from . import settings, text
-from .attention import Edit, Guided, Words, coarse_size
+from .attention import Edit, Guided, Words
 from .edit import Edits
 from .invert import Inversion, check_source
+from .picture import to_images
 from .progress import tqdm
 from .scheduler import DDIM
 from .store import AttentionStore, Chain
 from .unet import UNet
-from .vae import to_images
 from .weights import StableDiffusion
 
 
@@ -125,7 +125,8 @@ def generate(
     tokens, bound = settings.bind_to(model, prompts, edit, (h, w))
     kept = AttentionStore() if store is True else store or None
     if kept is not None:
-        kept.begin(tokens, coarse_size(h, w, model.unet.levels), model.device)
+        coarse = settings.coarse_size(h, w, model.unet.levels)
+        kept.begin(tokens, coarse, model.device)
     follow = None if source is None else source.follow()
     order = [kept, bound] if kept is not None and kept.before_edit else [bound, kept]
     hook = Chain(one for one in [follow, *order] if one is not None)

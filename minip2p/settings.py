@@ -12,7 +12,7 @@ from torch import Tensor
 
 from . import text
 from .align import Prompt
-from .attention import Edit, coarse_size
+from .attention import Edit, Size
 from .blend import LocalBlend
 from .check import check, describe, is_number, is_whole
 from .edit import Edits, PromptEdit, Refine, Reweight, WordSwap, bind
@@ -133,6 +133,20 @@ def latent_size(
         )
         sizes.append(pixels // f)
     return sizes[0], sizes[1]
+
+
+def coarse_size(height: int, width: int, levels: int) -> Size:
+    """Size of the coarse feature maps, those of the layout, for latents of height x width.
+
+    The coarsest of the `levels` at which the UNet attends whose shorter side is at least 16: 16 x
+    16 for a 512 x 512 picture of SD 1.x, 24 x 24 at 768 x 768.
+    """
+    for _ in range(levels - 1):
+        half = (height + 1) // 2, (width + 1) // 2
+        if min(half) < 16:
+            break
+        height, width = half
+    return height, width
 
 
 def make_scheduler(

@@ -9,7 +9,6 @@ Shapes:  b batch · c channels · h w height and width of a feature map ·
 from collections.abc import Sequence
 
 import torch
-from PIL import Image
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -176,9 +175,3 @@ class VAE(nn.Module):
             noise = torch.randn(mean.shape, generator=generator).to(mean)
             mean = mean + (log_variance.clamp(-30, 20) / 2).exp() * noise
         return mean * self.scaling_factor
-
-
-def to_images(pixels: Tensor) -> list[Image.Image]:
-    """pixels in [-1, 1], clamped, as the VAE decodes them: b 3 h w → b RGB images"""
-    pixels = ((pixels / 2 + 0.5).clamp(0, 1) * 255).round().to(torch.uint8)
-    return [Image.fromarray(p.numpy()) for p in pixels.permute(0, 2, 3, 1).cpu()]

@@ -22,8 +22,8 @@ from torch.nn import functional as F
 import minip2p
 from minip2p import AttentionStore, LocalBlend, Refine, Reweight, Site, WordSwap
 from minip2p.align import LENGTH, calls_of, refinement, replacement, token_weights, token_windows
-from minip2p.attention import coarse_size
 from minip2p.edit import bind
+from minip2p.settings import coarse_size
 from minip2p.text import encode, tokenize
 from minip2p.tools.show import to_images
 

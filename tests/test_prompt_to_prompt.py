@@ -18,8 +18,9 @@ from torch import Tensor
 
 import minip2p
 from minip2p import Chain, LocalBlend, Refine, Reweight, WordSwap
-from minip2p.attention import Attention, Guided, Mix, coarse_size
+from minip2p.attention import Attention, Guided, Mix
 from minip2p.edit import bind
+from minip2p.settings import coarse_size
 from minip2p.text import encode, tokenize
 from minip2p.weights.clip import load_tokenizer
 

@@ -15,9 +15,9 @@ from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 from torch.nn import functional as F
 
+from ..picture import to_images as to_images  # it is asked for here
 from ..store import AttentionStore
 from ..vae import VAE
-from ..vae import to_images as to_images  # it is asked for here
 from ..weights import StableDiffusion
 
 CELL = 256  # a picture's height in a row, in pixels; smaller ones are enlarged to it
