@@ -16,30 +16,27 @@ Shapes:  n UNet calls · h w height and width of the latents · H W of the pictu
 
 from __future__ import annotations
 
-import json
 import os
-import tempfile
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor
-from tqdm import tqdm
 
-from . import picture, text
+from . import picture, saved, text
 from .attention import Edit, Site, Words
 from .check import check, describe, is_number, is_whole
 from .picture import Picture, to_images
+from .progress import tqdm
 from .scheduler import DDIM
-from .settings import choose, latent_size, make_scheduler
+from .settings import check_finite, choose, latent_size, make_scheduler
 from .weights import StableDiffusion
 
 METHODS = ("direct", "edit-friendly", "ddim")
-FORMAT = "minip2p inversion 1"  # what a file says it is
+KIND = "inversion"  # what a file says it is
 
 Predict = Callable[[Tensor, int], Tensor]  # (x: 1 4 h w, timestep) → the noise in it
 
@@ -65,44 +62,24 @@ class Inversion:
         return None if self.settings["method"] == "ddim" else Follow(self.trajectory[1:])
 
     def save(self, path: str | os.PathLike[str]) -> None:
-        """Write it as safetensors, under a temporary name first: never half of it."""
-        from safetensors.torch import save_file
-
-        path, tensors = Path(path), {"trajectory": self.trajectory, "model": self.model}
+        """Write it as safetensors. Of the picture, what the model saw."""
+        images = {"given": self.picture.image, "reconstruction": self.reconstruction}
+        tensors = {name: torch.from_numpy(np.array(i)) for name, i in images.items()}  # H W 3
+        tensors |= {"trajectory": self.trajectory, "model": self.model}
         if self.noises is not None:
             tensors["noises"] = self.noises
-        for name, image in (("given", self.picture.image), ("reconstruction", self.reconstruction)):
-            tensors[name] = torch.from_numpy(np.array(image))  # H W 3
-        settings = json.dumps(self.settings, default=lambda number: number.item())  # numpy's
-        about = {"format": FORMAT, "settings": settings}
-        try:
-            with tempfile.TemporaryDirectory(dir=path.parent, prefix=f".{path.stem}-") as folder:
-                save_file(tensors, Path(folder) / path.name, about)
-                os.replace(Path(folder) / path.name, path)
-        except OSError as error:
-            raise ValueError(f"{path} can't be written: {error.strerror or error}.") from error
+        saved.write(path, KIND, self.settings, tensors)
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> Inversion:
-        """What `save` wrote; of the picture, what the model saw. Raises ValueError otherwise."""
-        from safetensors import SafetensorError, safe_open
-
-        try:
-            with safe_open(path, "pt") as file:
-                about = file.metadata() or {}
-                tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-        except (OSError, SafetensorError) as error:
-            raise ValueError(f"{path} can't be read as an inversion: {error}.") from None
-        check(about.get("format") == FORMAT, f"{path} is no inversion: minip2p.invert makes one.")
-        images = {k: Image.fromarray(tensors[k].numpy()) for k in ("given", "reconstruction")}
-        return cls(
-            tensors["trajectory"],
-            tensors.get("noises"),
-            picture.read(images["given"], images["given"].size[::-1]),
-            images["reconstruction"],
-            json.loads(about["settings"]),
-            tensors["model"],
+        """What `save` wrote. Raises ValueError for anything else."""
+        settings, tensors = saved.read(path, KIND)
+        given, drawn = (
+            Image.fromarray(tensors[name].numpy()) for name in ("given", "reconstruction")
         )
+        whole = picture.read(given, given.size[::-1])
+        parts = tensors["trajectory"], tensors.get("noises"), whole, drawn
+        return cls(*parts, settings, tensors["model"])
 
 
 class Replay(DDIM):
@@ -184,6 +161,7 @@ def invert(
     if method == "edit-friendly":
         settings["guidance_scale"] = choose(model, "guidance_scale", guidance_scale, 7.5)
     check_settings(settings)
+    settings = {k: v.item() if hasattr(v, "item") else v for k, v in settings.items()}  # numpy's
     given = picture.read(image, (settings["height"], settings["width"]), fit)
 
     clean = model.vae.encode(given.tensor().to(model.device))  # 1 4 h w
@@ -195,6 +173,7 @@ def invert(
             trajectory, noises = friendly(predict, scheduler, levels, clean, seed)
         else:
             trajectory, noises = backwards(predict, scheduler, levels, clean, refinements), None
+    check_finite("The inversion", trajectory if noises is None else noises, model.dtype)
     drawn = to_images(model.vae.decode(clean))[0]
     return Inversion(trajectory, noises, given, drawn, settings, fingerprint(model))
 

@@ -238,8 +238,7 @@ def recorded(
         "width": size[0],
     }
     if source is not None:
-        about = {k: v.item() if hasattr(v, "item") else v for k, v in source.settings.items()}
-        return settings | {"scheduler": "ddim", "source": about, "picture": NOT_HERE}
+        return settings | {"scheduler": "ddim", "source": source.settings, "picture": NOT_HERE}
     return settings if latents is None else settings | {"latents": NOT_HERE}
 
 

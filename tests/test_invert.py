@@ -1,7 +1,6 @@
 """A given picture as the source: its inversion, its edits, and what does not fit it."""
 
 import json
-import os
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -341,17 +340,6 @@ def test_settings_in_numpys_numbers(model, bird, tmp_path):
     minip2p.generate(model, [BIRD, LION], source=again, num_inference_steps=np.int64(2))
 
 
-def test_no_half_of_a_file(found, tmp_path, monkeypatch):
-    def full(*_):
-        raise OSError(28, "No space left on device")
-
-    (tmp_path / "a.safetensors").write_bytes(b"before")
-    monkeypatch.setattr(os, "replace", full)
-    with pytest.raises(ValueError, match=r"a\.safetensors can't be written: No space left"):
-        found.save(tmp_path / "a.safetensors")
-    assert [path.read_bytes() for path in tmp_path.iterdir()] == [b"before"]
-
-
 def test_metadata_of_a_photograph_gets_nowhere(model, bird, tmp_path):
     from PIL import Image
 
@@ -453,13 +441,13 @@ def test_another_model_is_refused_and_another_precision_is_not(model, bird, foun
 @pytest.mark.parametrize(
     "content, says",
     {
-        "missing": (None, "can't be read"),
-        "empty": (b"", "can't be read"),
-        "text": (b"a photo of a bird", "can't be read"),
-        "picture": (b"\x89PNG\r\n\x1a\n" + bytes(99), "can't be read"),
-        "weights": ({"w": torch.zeros(3)}, "is no inversion"),
-        "short": ("short", "can't be read"),
-        "folder": ("folder", "can't be read"),
+        "missing": (None, "There is no file"),
+        "empty": (b"", "is damaged or no safetensors file"),
+        "text": (b"a photo of a bird", "is damaged or no safetensors file"),
+        "picture": (b"\x89PNG\r\n\x1a\n" + bytes(99), "is damaged or no safetensors file"),
+        "weights": ({"w": torch.zeros(3)}, "is no minip2p inversion"),
+        "short": ("short", "is damaged or no safetensors file"),
+        "folder": ("folder", "There is no file"),
     }.values(),
 )
 def test_files_that_are_none(found, content, says, tmp_path):
@@ -475,7 +463,7 @@ def test_files_that_are_none(found, content, says, tmp_path):
         file.write_bytes(content)
     with pytest.raises(ValueError, match=says) as caught:
         Inversion.load(file)
-    assert str(caught.value).startswith(str(file)) and "\n" not in str(caught.value)
+    assert str(file) in str(caught.value) and "\n" not in str(caught.value)
 
 
 def test_where_no_file_can_be(found):
@@ -490,6 +478,14 @@ def test_right_uses_are_quiet(model, bird):
         warnings.simplefilter("error")
         source = invert(model, bird.convert("P"), BIRD, num_inference_steps=1)
         minip2p.generate(model, [BIRD, LION], edit="auto", source=source)
+
+
+def test_a_model_that_overflows(model, bird, monkeypatch):
+    """In half precision, say: no black picture, but a sentence."""
+    monkeypatch.setattr(model.unet, "forward", lambda x, *_: torch.full_like(x, torch.inf))
+    for method in ("direct", "edit-friendly"):
+        with pytest.raises(ValueError, match=r"The inversion became .* in float32"):
+            invert(model, bird, BIRD, num_inference_steps=2, method=method)
 
 
 # ---- Half precision ------------------------------------------------------------------------------

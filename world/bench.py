@@ -38,8 +38,7 @@ from tqdm import tqdm
 
 import minip2p
 from minip2p import AttentionStore, LocalBlend, Refine, Reweight, WordSwap, show, text
-from minip2p.sample import make_scheduler
-from minip2p.settings import coarse_size
+from minip2p.settings import coarse_size, make_scheduler
 
 from .detector import BY_NATURE, Detector, Seen, blurred, load, look_of, to_tensor
 from .scenes import COLORS, Drawn, Scene, adjectives, average, draw, sample
