@@ -28,14 +28,13 @@ class LocalBlend:
     """Keep the source's latents outside the places that the given words look at.
 
     The mask is where the words' attention, summed over the calls so far and over the layers of the
-    coarse size, exceeds `threshold` of its maximum, in the source or in the edit. Weights of a
-    Reweight do not count: a word that is silenced still has its place.
+    coarse size, exceeds `threshold` of its maximum, in the source or in the edit; before weights,
+    so that a silenced word still has its place.
 
     words: of the source or the edited prompt; each stands for its counterpart in the other, too.
     start: the fraction of the UNet calls after which blending starts.
     subtract: words whose places are taken out of the mask.
-    mask: your own mask instead of `words`: h w, of latent or picture pixels, 0 or black where the
-    source stays; for what it may be see mask.py.
+    mask: your own mask instead of `words`, h w, of latent or picture pixels: see `read_mask`.
     """
 
     words: str | Sequence[str] = ()
@@ -103,11 +102,9 @@ class Blend:
         latents, mask = latents.clone(), self.where()
         latents[self.r] = torch.where(mask, latents[self.r], latents[0])
         if is_last and not mask.any():  # asked once a run: a GPU has to be waited for
-            without = f" without {', '.join(self.spec.subtract)}" if self.spec.subtract else ""
             warnings.warn(
-                f"The blend of {', '.join(self.spec.words)}{without} leaves no place for the edit "
-                f"{self.text!r}, which is the source's picture: try another threshold or other "
-                "words.",
+                f"The blend's mask is empty, so the edit {self.text!r} is the source's picture: "
+                "try another threshold, or other words to blend or to subtract.",
                 stacklevel=2,
             )
         return latents

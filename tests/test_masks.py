@@ -258,8 +258,8 @@ def test_a_mask_that_becomes_empty_says_so_once(model, scheduler):
     assert torch.equal(latents[0], latents[1])
     (warning,) = warned
     assert str(warning.message) == (
-        "The blend of red without painting leaves no place for the edit 'a painting of a red "
-        "squirrel', which is the source's picture: try another threshold or other words."
+        "The blend's mask is empty, so the edit 'a painting of a red squirrel' is the source's "
+        "picture: try another threshold, or other words to blend or to subtract."
     )
 
 
