@@ -25,7 +25,7 @@ from safetensors.torch import load_file, save_file
 
 import minip2p
 from minip2p import edit, show, weights
-from minip2p.tools import cli, files
+from minip2p.tools import cli, files, repeat
 
 PACKAGE = Path(minip2p.__file__).parent
 EMOJI = PACKAGE / "models" / "emoji"
@@ -268,6 +268,8 @@ MISTAKES: list[tuple[str, ...]] = [
     ("'a cat' --device nonsense", "nonsense", "cpu"),
     ("'a cat' --device cuda:99", "cuda:99", "cpu"),
     ("'a cat' --device meta", "meta", "cpu"),
+    ("'a cat' --ema", "--ema", "single file"),
+    ("'a cat' --no-ema", "--no-ema", "single file"),
     # no place for the pictures
     ("'a cat' --out {there}/text.txt", "--out", "text.txt", "folder"),
     ("'a cat' --out {there}/text.txt/below", "--out", "text.txt", "folder"),
@@ -829,6 +831,38 @@ def test_repeat_makes_the_same(run: Run, latents, tmp_path: Path, command, pictu
     if "--html" in command:
         first["a.html"] = Path("a.html").read_bytes()
     assert first == second
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        "--no-ema -- x",
+        "--ema -- x",
+        "--model=a/b --tokenizer=c --device=cpu --fast -- --x",
+        "--image=a.png --inversion=b --method=ddim --skip=2 --put-back --html=p.html -- x",
+    ],
+)
+def test_a_command_is_read_as_it_was_written(words):
+    words = words.split()
+    assert repeat.command(cli.make_parser().parse_args(words), cli.make_parser()) == words
+
+
+def test_only_the_name_of_a_page_is_recorded():
+    args = cli.make_parser().parse_args(["--html", "somewhere/else/p.html", "--out=o", "x"])
+    assert repeat.command(args, cli.make_parser()) == ["--html=p.html", "--", "x"]
+
+
+def test_repeat_of_a_given_picture(run: Run, latents):
+    assert run("a cat", "--steps", "2", "--out", "photo").status == 0
+    edit = ["--image", "photo/picture.png", "--swap", "cat=dog", "--steps", "3", "--put-back"]
+    assert run("a cat", *edit, "--inversion", "kept").status == 0
+    os.remove("kept")
+    outcome = run("--repeat", "out/edit-1.png", "--out", "again")
+    assert outcome.status == 0 and outcome.said == []
+    assert latents[-1].equal(latents[-2]) and not Path("kept").exists()
+    assert run("a cat", *edit[2:-1], "--image", "photo/picture.png").status == 0
+    os.remove("photo/picture.png")
+    is_one_sentence(run("--repeat", "out/row.png"), ["photo/picture.png"])
 
 
 def test_repeat_of_every_picture_of_a_run(run: Run, latents):

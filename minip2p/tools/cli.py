@@ -226,13 +226,18 @@ def previewer(model: StableDiffusion, job: Job, args: argparse.Namespace) -> Cal
     return draw
 
 
-def run(argv: Sequence[str]) -> None:
+def parse(argv: Sequence[str]) -> argparse.Namespace:
     args, rest = make_parser().parse_known_args(argv)
     if rest:
         raise ValueError(
             f"{' '.join(rest)!r} is not understood: a prompt stands in quotes, "
             "and --help lists the options."
         )
+    return args
+
+
+def run(argv: Sequence[str]) -> None:
+    args = parse(argv)
     original = repeat.original(argv, args, make_parser) if args.repeat else None
     args = original.args if original else args
     job = make_job(args)
