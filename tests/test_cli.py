@@ -1165,8 +1165,9 @@ def test_help_and_mistakes_come_without_transformers(tmp_path: Path):
 ORDER = (  # each imports none that comes after it; what is read comes before what is used
     *("check", "scheduler", "words", "align", "attention", "unet", "vae", "text"),
     *("mask", "blend", "edit", "saved", "store"),
-    *("weights.files", "weights.build", "weights.clip", "weights.folder", "weights.single_file"),
-    *("weights.hub", "weights", "settings", "progress", "picture", "invert", "sample"),
+    *("weights.files", "weights.ema", "weights.build", "weights.schedule", "weights.clip"),
+    *("weights.folder", "weights.single_file", "weights.hub", "weights"),
+    *("settings", "progress", "picture", "invert", "sample"),
     *("tools.show", "tools.fast", "tools.table", "tools.page", "tools.given", "tools.files"),
     *("tools.repeat", "tools.job", "tools.cli", "__main__"),
 )
