@@ -839,7 +839,7 @@ def test_repeat_makes_the_same(run: Run, latents, tmp_path: Path, command, pictu
         "--no-ema -- x",
         "--ema -- x",
         "--model=a/b --tokenizer=c --device=cpu --fast -- --x",
-        "--image=a.png --inversion=b --method=ddim --skip=2 --put-back --html=p.html -- x",
+        "--fit=pad --method=ddim --skip=2 --put-back --html=p.html -- x",
     ],
 )
 def test_a_command_is_read_as_it_was_written(words):
@@ -847,22 +847,24 @@ def test_a_command_is_read_as_it_was_written(words):
     assert repeat.command(cli.make_parser().parse_args(words), cli.make_parser()) == words
 
 
-def test_only_the_name_of_a_page_is_recorded():
-    args = cli.make_parser().parse_args(["--html", "somewhere/else/p.html", "--out=o", "x"])
-    assert repeat.command(args, cli.make_parser()) == ["--html=p.html", "--", "x"]
+def test_where_files_are_is_not_recorded():
+    words = "--html somewhere/else/p.html --out=o --preview=p --image=i --inversion=j --maps x"
+    args = cli.make_parser().parse_args(words.split())
+    assert repeat.command(args, cli.make_parser()) == ["--maps", "--html=p.html", "--", "x"]
 
 
 def test_repeat_of_a_given_picture(run: Run, latents):
     assert run("a cat", "--steps", "2", "--out", "photo").status == 0
     edit = ["--image", "photo/picture.png", "--swap", "cat=dog", "--steps", "3", "--put-back"]
     assert run("a cat", *edit, "--inversion", "kept").status == 0
-    os.remove("kept")
-    outcome = run("--repeat", "out/edit-1.png", "--out", "again")
-    assert outcome.status == 0 and outcome.said == []
-    assert latents[-1].equal(latents[-2]) and not Path("kept").exists()
-    assert run("a cat", *edit[2:-1], "--image", "photo/picture.png").status == 0
-    os.remove("photo/picture.png")
-    is_one_sentence(run("--repeat", "out/row.png"), ["photo/picture.png"])
+    for given in (["--image", "photo/picture.png"], ["--inversion", "kept"]):
+        given += [] if given[0] == "--image" else ["--image", "photo/picture.png"]
+        outcome = run("--repeat", "out/edit-1.png", *given, "--out", given[0][2:])
+        assert outcome.status == 0 and outcome.said == []
+        assert latents[-1].equal(latents[1])
+    is_one_sentence(run("--repeat", "out/row.png"), ["out/row.png", "add --image FILE"])
+    outcome = run("--repeat", "photo/picture.png", "--image", "photo/picture.png")
+    is_one_sentence(outcome, ["no given picture", "leave out --image"])
 
 
 def test_repeat_of_every_picture_of_a_run(run: Run, latents):
@@ -920,6 +922,7 @@ def strange(run: Run) -> None:
     write("help", command='["--help"]')
     write("version", command='["--version", "--", "a cat"]')
     write("writing", command='["--out=owned", "--", "a cat"]')
+    write("given", command='["--image=owned.png", "--", "a cat"]')
     write("page", command='["--html=../owned.html", "--", "a cat"]')
     write("itself", command='["--repeat=itself.png", "--", "a cat"]')
     write("deep", command="[" * 100_000)
@@ -940,7 +943,7 @@ NO_REPEATS = [
         (f"--repeat {name}.png", f"{name}.png", "damaged")
         for name in (
             *("broken", "code", "number", "object", "mixed", "unknown", "wrong", "spread"),
-            *("help", "version", "writing", "page", "itself", "deep", "nothing"),
+            *("help", "version", "writing", "given", "page", "itself", "deep", "nothing"),
         )
     ),
     ("--repeat edit.png", "'zebra'", "a cat"),

@@ -153,7 +153,8 @@ def warn_unknown_words(model: StableDiffusion, prompts: Sequence[str]) -> None:
 
 def write(result: Result, job: Job, args: argparse.Namespace) -> dict[str, Image.Image]:
     """Every picture, with --maps its word maps, all pictures side by side, and --html's page."""
-    words = repeat.command(args, make_parser())
+    about = vars(args) | (given.options(result.source) if result.source else {})
+    words = repeat.command(argparse.Namespace(**about), make_parser())
     settings = {"model": args.model, "dtype": args.dtype} | result.settings
     settings |= {"command": words, "Software": f"minip2p {VERSION}, torch {torch.__version__}"}
     pictures: dict[str, tuple[Image.Image, dict[str, Any]]] = {}
