@@ -991,6 +991,14 @@ def test_another_run_takes_the_place_of_the_first(run: Run, tmp_path: Path):
     assert notes.read_text() == "mine"
 
 
+def test_a_page_beside_pictures_takes_no_place_of_theirs(run: Run):
+    assert run("a cat", "--swap", "cat=dog", "--swap", "cat=lion", "--steps", "1", "--out", ".")
+    before = sorted(os.listdir())
+    assert before == ["edit-1.png", "edit-2.png", "row.png", "source.png"]
+    assert run("a cat", "--swap", "cat=dog", "--steps", "1", "--html", "page.html").said == []
+    assert sorted(os.listdir()) == ["edit-1.png", "edit-2.png", "out", "page.html", *before[2:]]
+
+
 def test_the_same_run_twice_is_said(run: Run):
     command = ["a cat", "--swap", "cat=dog", "--steps", "1"]
     page = ["--html", "page.html", "--preview", "preview.png"]
@@ -1036,9 +1044,10 @@ def test_what_minip2p_did_not_write_stays(run: Run, tmp_path: Path, command, nam
 
 @pytest.mark.parametrize(
     "command",
-    ["--preview out/picture.png", "--html out/picture.png", "--html a.png --preview a.png"],
+    ["--preview out/picture.png", "--html ../{}/out/picture.png", "--html a.png --preview a.png"],
 )
 def test_two_files_in_one_place(run: Run, tmp_path: Path, command):
+    command = command.format(tmp_path.name)
     is_one_sentence(run("a cat", *command.split()), [command.split()[-1], "another file"])
     assert contents(tmp_path) == {}
 

@@ -201,18 +201,19 @@ def check_places(job: Job, args: argparse.Namespace) -> None:
     names = [*job.names, *(f"{name}-maps" for name in job.names if args.maps)]
     names += [f"{name}-put-back" for name in job.names[1:] if args.put_back]
     names += ["row"] if len(job.names) > 1 or job.names == ["reconstruction"] else []
-    taken = {args.out / f"{name}.png" for name in names}
-    for path in sorted(taken):
+    pictures = [args.out / f"{name}.png" for name in names]
+    for path in pictures:
         files.check_free(path)
+    taken = {path.resolve() for path in pictures}
     if args.inversion:
         files.check_out(args.inversion.parent, "--inversion")
     for option, path in (("--html", args.html), ("--preview", args.preview)):
         if path:
             files.check_out(path.parent, option)
             files.check_free(path, option)
-            if path in taken:
+            if path.resolve() in taken:
                 raise ValueError(f"{option} {path} is the place of another file: name a free one.")
-            taken.add(path)
+            taken.add(path.resolve())
 
 
 def previewer(model: StableDiffusion, job: Job, args: argparse.Namespace) -> Callback:
