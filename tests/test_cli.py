@@ -25,7 +25,7 @@ from safetensors.torch import load_file, save_file
 
 import minip2p
 from minip2p import edit, show, weights
-from minip2p.tools import cli, files
+from minip2p.tools import cli, files, repeat
 
 PACKAGE = Path(minip2p.__file__).parent
 EMOJI = PACKAGE / "models" / "emoji"
@@ -268,6 +268,8 @@ MISTAKES: list[tuple[str, ...]] = [
     ("'a cat' --device nonsense", "nonsense", "cpu"),
     ("'a cat' --device cuda:99", "cuda:99", "cpu"),
     ("'a cat' --device meta", "meta", "cpu"),
+    ("'a cat' --ema", "--ema", "single file"),
+    ("'a cat' --no-ema", "--no-ema", "single file"),
     # no place for the pictures
     ("'a cat' --out {there}/text.txt", "--out", "text.txt", "folder"),
     ("'a cat' --out {there}/text.txt/below", "--out", "text.txt", "folder"),
@@ -831,6 +833,40 @@ def test_repeat_makes_the_same(run: Run, latents, tmp_path: Path, command, pictu
     assert first == second
 
 
+@pytest.mark.parametrize(
+    "words",
+    [
+        "--no-ema -- x",
+        "--ema -- x",
+        "--model=a/b --tokenizer=c --device=cpu --fast -- --x",
+        "--fit=pad --method=ddim --skip=2 --put-back --html=p.html -- x",
+    ],
+)
+def test_a_command_is_read_as_it_was_written(words):
+    words = words.split()
+    assert repeat.command(cli.make_parser().parse_args(words), cli.make_parser()) == words
+
+
+def test_where_files_are_is_not_recorded():
+    words = "--html somewhere/else/p.html --out=o --preview=p --image=i --inversion=j --maps x"
+    args = cli.make_parser().parse_args(words.split())
+    assert repeat.command(args, cli.make_parser()) == ["--maps", "--html=p.html", "--", "x"]
+
+
+def test_repeat_of_a_given_picture(run: Run, latents):
+    assert run("a cat", "--steps", "2", "--out", "photo").status == 0
+    edit = ["--image", "photo/picture.png", "--swap", "cat=dog", "--steps", "3", "--put-back"]
+    assert run("a cat", *edit, "--inversion", "kept").status == 0
+    for given in (["--image", "photo/picture.png"], ["--inversion", "kept"]):
+        given += [] if given[0] == "--image" else ["--image", "photo/picture.png"]
+        outcome = run("--repeat", "out/edit-1.png", *given, "--out", given[0][2:])
+        assert outcome.status == 0 and outcome.said == []
+        assert latents[-1].equal(latents[1])
+    is_one_sentence(run("--repeat", "out/row.png"), ["out/row.png", "add --image FILE"])
+    outcome = run("--repeat", "photo/picture.png", "--image", "photo/picture.png")
+    is_one_sentence(outcome, ["no given picture", "leave out --image"])
+
+
 def test_repeat_of_every_picture_of_a_run(run: Run, latents):
     command = [SQUIRREL, "--swap", "squirrel=lion", "--swap", "burger=pizza", "--steps", "2"]
     assert run(*command).status == 0
@@ -886,6 +922,7 @@ def strange(run: Run) -> None:
     write("help", command='["--help"]')
     write("version", command='["--version", "--", "a cat"]')
     write("writing", command='["--out=owned", "--", "a cat"]')
+    write("given", command='["--image=owned.png", "--", "a cat"]')
     write("page", command='["--html=../owned.html", "--", "a cat"]')
     write("itself", command='["--repeat=itself.png", "--", "a cat"]')
     write("deep", command="[" * 100_000)
@@ -906,7 +943,7 @@ NO_REPEATS = [
         (f"--repeat {name}.png", f"{name}.png", "damaged")
         for name in (
             *("broken", "code", "number", "object", "mixed", "unknown", "wrong", "spread"),
-            *("help", "version", "writing", "page", "itself", "deep", "nothing"),
+            *("help", "version", "writing", "given", "page", "itself", "deep", "nothing"),
         )
     ),
     ("--repeat edit.png", "'zebra'", "a cat"),
@@ -954,6 +991,14 @@ def test_another_run_takes_the_place_of_the_first(run: Run, tmp_path: Path):
     assert notes.read_text() == "mine"
 
 
+def test_a_page_beside_pictures_takes_no_place_of_theirs(run: Run):
+    assert run("a cat", "--swap", "cat=dog", "--swap", "cat=lion", "--steps", "1", "--out", ".")
+    before = sorted(os.listdir())
+    assert before == ["edit-1.png", "edit-2.png", "row.png", "source.png"]
+    assert run("a cat", "--swap", "cat=dog", "--steps", "1", "--html", "page.html").said == []
+    assert sorted(os.listdir()) == ["edit-1.png", "edit-2.png", "out", "page.html", *before[2:]]
+
+
 def test_the_same_run_twice_is_said(run: Run):
     command = ["a cat", "--swap", "cat=dog", "--steps", "1"]
     page = ["--html", "page.html", "--preview", "preview.png"]
@@ -999,9 +1044,10 @@ def test_what_minip2p_did_not_write_stays(run: Run, tmp_path: Path, command, nam
 
 @pytest.mark.parametrize(
     "command",
-    ["--preview out/picture.png", "--html out/picture.png", "--html a.png --preview a.png"],
+    ["--preview out/picture.png", "--html ../{}/out/picture.png", "--html a.png --preview a.png"],
 )
 def test_two_files_in_one_place(run: Run, tmp_path: Path, command):
+    command = command.format(tmp_path.name)
     is_one_sentence(run("a cat", *command.split()), [command.split()[-1], "another file"])
     assert contents(tmp_path) == {}
 
@@ -1131,8 +1177,9 @@ def test_help_and_mistakes_come_without_transformers(tmp_path: Path):
 ORDER = (  # each imports none that comes after it; what is read comes before what is used
     *("check", "scheduler", "words", "align", "attention", "unet", "vae", "text"),
     *("mask", "blend", "edit", "saved", "store"),
-    *("weights.files", "weights.build", "weights.clip", "weights.folder", "weights.single_file"),
-    *("weights.hub", "weights", "settings", "progress", "picture", "invert", "sample"),
+    *("weights.files", "weights.ema", "weights.build", "weights.schedule", "weights.clip"),
+    *("weights.folder", "weights.single_file", "weights.hub", "weights"),
+    *("settings", "progress", "picture", "invert", "sample"),
     *("tools.show", "tools.fast", "tools.table", "tools.page", "tools.given", "tools.files"),
     *("tools.repeat", "tools.job", "tools.cli", "__main__"),
 )

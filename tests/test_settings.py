@@ -5,6 +5,7 @@ import sys
 import time
 import warnings
 
+import models
 import numpy as np
 import pytest
 import torch
@@ -151,6 +152,40 @@ def test_latents_that_end(model, value, said):
         generate(model, [CAT, DOG], edit=Spoil(value), num_inference_steps=1)
     with pytest.raises(ValueError, match="The latents became nan"):
         generate(model, CAT, edit=Spoil(value), num_inference_steps=2, scheduler="pndm")
+
+
+# --- the source, alone and beside edits ----------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def narrow(tmp_path_factory) -> minip2p.StableDiffusion:
+    """SD's four levels, narrow, with random weights: at 64 pixels some products are very small."""
+    folder = tmp_path_factory.mktemp("narrow")
+    return minip2p.load(models.make_layouts(folder)["diffusers"], device="cpu")
+
+
+@pytest.mark.parametrize("which", ["model", "narrow"])
+@pytest.mark.parametrize(
+    "prompts, edit",
+    [
+        ([DOG], WordSwap()),
+        ([DOG], None),
+        ([CAT, DOG, DOG], [Reweight({"cat": 2.0}), WordSwap(local_blend=LocalBlend("dog")), None]),
+    ],
+    ids=["swap", "without control", "three"],
+)
+def test_the_source_is_the_same_beside_edits(request, which, prompts, edit):
+    """As far as the libraries' kernels are the same for another number of rows."""
+    model = request.getfixturevalue(which)
+    run = {"num_inference_steps": 10, "height": 64, "width": 64}
+    alone = generate(model, CAT, **run)
+    beside = generate(model, [CAT, *prompts], edit=edit, **run)
+    off = (beside.latents[0] - alone.latents[0]).abs().max() / alone.latents.abs().max()
+    pixels = [np.asarray(result.images[0], int) for result in (alone, beside)]
+    print(f"{which}: {off:.1e} relative, {abs(pixels[0] - pixels[1]).max()} of 255")
+    assert off < 1e-5
+    assert abs(pixels[0] - pixels[1]).max() <= 1
+    assert not beside.latents[-1].allclose(alone.latents[0], atol=0.1)
 
 
 # --- what is recorded ----------------------------------------------------------------------------

@@ -153,7 +153,8 @@ def warn_unknown_words(model: StableDiffusion, prompts: Sequence[str]) -> None:
 
 def write(result: Result, job: Job, args: argparse.Namespace) -> dict[str, Image.Image]:
     """Every picture, with --maps its word maps, all pictures side by side, and --html's page."""
-    words = repeat.command(args, make_parser())
+    about = vars(args) | (given.options(result.source) if result.source else {})
+    words = repeat.command(argparse.Namespace(**about), make_parser())
     settings = {"model": args.model, "dtype": args.dtype} | result.settings
     settings |= {"command": words, "Software": f"minip2p {VERSION}, torch {torch.__version__}"}
     pictures: dict[str, tuple[Image.Image, dict[str, Any]]] = {}
@@ -200,18 +201,19 @@ def check_places(job: Job, args: argparse.Namespace) -> None:
     names = [*job.names, *(f"{name}-maps" for name in job.names if args.maps)]
     names += [f"{name}-put-back" for name in job.names[1:] if args.put_back]
     names += ["row"] if len(job.names) > 1 or job.names == ["reconstruction"] else []
-    taken = {args.out / f"{name}.png" for name in names}
-    for path in sorted(taken):
+    pictures = [args.out / f"{name}.png" for name in names]
+    for path in pictures:
         files.check_free(path)
+    taken = {path.resolve() for path in pictures}
     if args.inversion:
         files.check_out(args.inversion.parent, "--inversion")
     for option, path in (("--html", args.html), ("--preview", args.preview)):
         if path:
             files.check_out(path.parent, option)
             files.check_free(path, option)
-            if path in taken:
+            if path.resolve() in taken:
                 raise ValueError(f"{option} {path} is the place of another file: name a free one.")
-            taken.add(path)
+            taken.add(path.resolve())
 
 
 def previewer(model: StableDiffusion, job: Job, args: argparse.Namespace) -> Callback:
@@ -226,13 +228,18 @@ def previewer(model: StableDiffusion, job: Job, args: argparse.Namespace) -> Cal
     return draw
 
 
-def run(argv: Sequence[str]) -> None:
+def parse(argv: Sequence[str]) -> argparse.Namespace:
     args, rest = make_parser().parse_known_args(argv)
     if rest:
         raise ValueError(
             f"{' '.join(rest)!r} is not understood: a prompt stands in quotes, "
             "and --help lists the options."
         )
+    return args
+
+
+def run(argv: Sequence[str]) -> None:
+    args = parse(argv)
     original = repeat.original(argv, args, make_parser) if args.repeat else None
     args = original.args if original else args
     job = make_job(args)

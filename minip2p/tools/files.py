@@ -63,17 +63,17 @@ def is_ours(path: Path) -> bool:
 
 
 def of_other_runs(paths: Iterable[Path]) -> list[Path]:
-    """Pictures of minip2p beside `paths` that would seem to belong to them: of a run as theirs."""
-    paths = list(paths)
-    found = set()
-    for folder in {path.parent for path in paths}:
-        kinds = [kind for kind in KINDS if any(kind.fullmatch(path.name) for path in paths)]
-        for path in folder.glob("*.png"):
+    """Pictures of minip2p that would seem to belong to `paths`: beside them, of a run as theirs."""
+    paths, found = set(paths), []
+    for folder in sorted({path.parent for path in paths}):
+        names = [path.name for path in paths if path.parent == folder]
+        kinds = [kind for kind in KINDS if any(map(kind.fullmatch, names))]
+        for path in sorted(set(folder.glob("*.png")) - paths):
             as_ours = any(kind.fullmatch(path.name) for kind in kinds) and is_ours(path)
             # One that has another name now is a copy, and belongs to whoever made that.
-            if path not in paths and as_ours and read_png(path)[1].get("file") in (None, path.name):
-                found.add(path)
-    return sorted(found)
+            if as_ours and read_png(path)[1].get("file") in (None, path.name):
+                found.append(path)
+    return found
 
 
 def check_out(folder: Path, option: str = "--out") -> None:

@@ -97,6 +97,14 @@ def kept(args: argparse.Namespace) -> Inversion:
     return replace(source, picture=picture)  # with the whole of it, to put edits back
 
 
+def options(source: Inversion) -> dict[str, Any]:
+    """What would invert the picture again in the same way, as options of the command line."""
+    names = "method", "skip", "fit", "seed", "height", "width"
+    return {"steps": source.settings["num_inference_steps"]} | {
+        n: source.settings[n] for n in names
+    }
+
+
 def plan(model: StableDiffusion, args: argparse.Namespace) -> dict[str, Any]:
     """The steps and the scheduler that a run has, for --explain: nothing is inverted."""
     if args.inversion and args.inversion.exists():

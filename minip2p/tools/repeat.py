@@ -19,7 +19,8 @@ from PIL import Image
 
 from .files import read_png
 
-NOT_RECORDED = "repeat", "out", "preview", "explain"  # they do not change a picture
+GIVEN = "image", "inversion"  # files of the user's, whose names are nobody's business
+NOT_RECORDED = "repeat", "out", "preview", "explain", *GIVEN
 BESIDE = *NOT_RECORDED, "maps", "html", "device"  # may stand beside --repeat
 
 
@@ -91,13 +92,18 @@ def original(
             f"{args.repeat} does not say how it was made: --repeat takes a picture that minip2p's "
             "command line wrote, with its metadata."
         )
+    given = [f"--{name}" for name in GIVEN if getattr(args, name)]
+    if "source" in texts and not given:
+        raise ValueError(
+            f"{args.repeat} was made from a given picture, which is not in it: add --image FILE."
+        )
+    if "source" not in texts and given:
+        raise ValueError(f"{args.repeat} was made from no given picture: leave out {given[0]}.")
     made = read_command(args.repeat, texts["command"], make_parser)
     page = args.out / made.html if made.html else None
-    beside = {"out": args.out, "preview": args.preview, "explain": args.explain}
+    beside = {name: getattr(args, name) for name in NOT_RECORDED}
     beside |= {"maps": args.maps or made.maps, "device": args.device or made.device}
     beside |= {"html": args.html or page}
-    if made.image and made.inversion and not made.inversion.exists():
-        beside["inversion"] = None  # what is found out need not be kept again
     again = argparse.Namespace(**vars(made) | beside)
     return Original(args.repeat, image, texts.get("file", ""), again)
 
