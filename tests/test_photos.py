@@ -52,8 +52,9 @@ def test_no_scene_of_them_can_have_been_trained_on():
 def test_work_is_counted_in_rows():
     model = minip2p.load(device="cpu")
     found = photos.Facts()
-    pair = photos.Pair(*[draw(Scene(n, style="photo", layout=3), 64) for n in ("bird", "lion")],
-                       "bird", "lion")  # fmt: skip
+    pixels = model.sample_size[0] * model.vae.f
+    drawn = [draw(Scene(noun, style="photo", layout=3), pixels) for noun in ("bird", "lion")]
+    pair = photos.Pair(*drawn, "bird", "lion")
     words = "a photo of a bird", "a photo of a lion"
     for way, work in (
         (photos.Way("direct", 3, ["windows"], 2), 2 * (1 + 3)),
