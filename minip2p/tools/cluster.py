@@ -1,0 +1,126 @@
+"""The same work on Ray (Moritz et al. 2018): an actor for each GPU, or for a share of the CPUs.
+
+Placement, retries and restarts are Ray's. Here is only who gets what next.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from functools import cached_property, partial
+from typing import Any
+
+import torch
+
+from ..check import check
+from . import fast
+from .study import Settings
+from .sweep import Files, Job, Row, Work, Worker
+
+RETRIES = 3  # of a group whose worker was lost, before that is its error
+
+
+class Actor:
+    """A Worker in a process of its own, which loads the model when it is first asked."""
+
+    def __init__(self, arguments: tuple[Any, ...], threads: int):
+        self.arguments = arguments
+        torch.set_num_threads(threads)
+        fast.keep_memory()
+
+    @cached_property
+    def worker(self) -> Worker:
+        return Worker(*self.arguments)
+
+    def tell(self) -> Settings:
+        return self.worker.tell()
+
+    def run(self, jobs: Sequence[Job]) -> list[tuple[Row, Files]]:
+        return self.worker.run(jobs)
+
+
+@contextmanager
+def cluster(
+    arguments: tuple[Any, ...], workers: int | None, address: str | None
+) -> Iterator[tuple[Settings, Work]]:
+    """What a Worker of these arguments tells, and a function from groups to what was made.
+
+    workers: by default one for each GPU, or where there is none for each node. address: of a
+    cluster; None: one on this machine alone, for as long as this lasts.
+    """
+    try:
+        import ray
+    except ModuleNotFoundError:
+        raise ValueError("--workers and --address need Ray: pip install 'minip2p[ray]'.") from None
+    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")  # nothing is sent anywhere
+    quiet = {"log_to_driver": False, "logging_level": logging.ERROR}
+    try:
+        if address:
+            ray.init(address, **quiet)
+        else:  # on the loopback address: nobody else can reach it
+            here = {"include_dashboard": False, "_node_ip_address": "127.0.0.1"}
+            cpus = max(workers or 1, os.cpu_count() or 1)
+            ray.init(num_cpus=cpus, object_store_memory=2**28, **here, **quiet)
+    except (ConnectionError, RuntimeError) as error:
+        raise ValueError(f"There is no Ray cluster at {address}: {error}") from None
+    try:
+        share, n, threads = shares(ray, workers, cpu=arguments[1] == "cpu")
+        make = ray.remote(max_restarts=-1, max_task_retries=RETRIES, **share)(Actor)
+        telling = {
+            (actor := make.remote(arguments, threads)).tell.remote(): actor for _ in range(n)
+        }
+        (first,), _ = ray.wait(list(telling))
+        model = told(ray, first)
+        yield model, partial(spread, ray, telling, model)
+    finally:
+        ray.shutdown()
+
+
+def shares(ray: Any, workers: int | None, cpu: bool) -> tuple[dict[str, int], int, int]:
+    """What each actor takes of the cluster, how many there are, and their threads."""
+    nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
+    gpus, cpus = (int(sum(node.get(kind, 0) for node in nodes)) for kind in ("GPU", "CPU"))
+    n = workers or (0 if cpu else gpus) or len(nodes)
+    largest = int(max(node.get("CPU", 0) for node in nodes))
+    threads = max(1, min(cpus // n, largest))
+    return {"num_gpus": 1} if gpus and not cpu else {"num_cpus": threads}, n, threads
+
+
+def told(ray: Any, ref: Any) -> Any:
+    """The result of a task. Raises ValueError if the model can't be loaded there."""
+    try:
+        return ray.get(ref)
+    except ray.exceptions.RayTaskError as error:  # a Worker's run raises nothing
+        raise ValueError(f"A worker can't load the model: {error.cause}") from None
+
+
+def spread(
+    ray: Any, telling: dict[Any, Any], model: Settings, groups: Sequence[Sequence[Job]]
+) -> Iterator[list[tuple[Row, Files]]]:
+    """What was made, as it comes. Each actor has a group at a time, from when it has told."""
+    todo, left, busy = iter(groups), len(groups), dict(telling)
+    doing: dict[Any, Sequence[Job]] = {}
+    while left:
+        check(busy, f"No worker is left and {left} groups are to be made: start it again.")
+        (ref,), _ = ray.wait(list(busy))
+        actor, group, alive = busy.pop(ref), doing.pop(ref, ()), True
+        try:
+            made = told(ray, ref)
+        except ray.exceptions.RayError as error:  # its process was lost, again and again
+            said = f"{type(error).__name__}: {error}".splitlines()[0]
+            made = [(job.row | {"error": said}, {}) for job in group]
+            alive = not isinstance(error, ray.exceptions.ActorDiedError)
+        following = next(todo, None) if alive else None
+        if following is not None:
+            ref = actor.run.remote(following)
+            busy[ref], doing[ref] = actor, following
+        elif alive:  # its place is free, for one that has lost its node
+            ray.kill(actor)
+        if group:
+            left -= 1
+            yield made
+        elif alive:
+            same = made["id"] == model["id"]
+            check(same, "Two workers have different models at the same place: copy one of them.")
