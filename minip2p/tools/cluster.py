@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import cached_property, partial
 from typing import Any
@@ -16,9 +16,11 @@ import torch
 
 from ..check import check
 from . import fast
+from .results import Files, Row
 from .study import Settings
-from .sweep import Files, Job, Row, Work, Worker
+from .worker import Job, Worker
 
+Work = Callable[[Sequence[Sequence[Job]]], Iterable[list[tuple[Row, Files]]]]
 RETRIES = 3  # of a group whose worker was lost, before that is its error
 
 
@@ -50,19 +52,21 @@ def cluster(
     workers: by default one for each GPU, or where there is none for each node. address: of a
     cluster; None: one on this machine alone, for as long as this lasts.
     """
+    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")  # nothing is sent anywhere
+    if not address:  # else Ray takes the machine's own address even for 127.0.0.1
+        os.environ["RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER"] = "0"
     try:
         import ray
     except ModuleNotFoundError:
         raise ValueError("--workers and --address need Ray: pip install 'minip2p[ray]'.") from None
-    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")  # nothing is sent anywhere
     quiet = {"log_to_driver": False, "logging_level": logging.ERROR}
     try:
         if address:
             ray.init(address, **quiet)
-        else:  # on the loopback address: nobody else can reach it
-            here = {"include_dashboard": False, "_node_ip_address": "127.0.0.1"}
+        else:
             cpus = max(workers or 1, os.cpu_count() or 1)
-            ray.init(num_cpus=cpus, object_store_memory=2**28, **here, **quiet)
+            here = {"_node_ip_address": "127.0.0.1", "include_dashboard": False}
+            ray.init("local", num_cpus=cpus, object_store_memory=2**28, **here, **quiet)
     except (ConnectionError, RuntimeError) as error:
         raise ValueError(f"There is no Ray cluster at {address}: {error}") from None
     try:
