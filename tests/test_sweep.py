@@ -138,6 +138,14 @@ def test_all_mistakes_of_a_file_are_said(
     assert not Path("runs").exists()
 
 
+def test_the_page_about_sweeps_shows_a_study_and_names_every_setting(tmp_path: Path):
+    page = (Path(__file__).parents[1] / "docs" / "sweep.md").read_text("utf-8")
+    found = read(tmp_path, page.split("```toml\n")[1].split("```")[0])
+    assert len(found.runs) == 2 * 2 * 3 * 2 * 3
+    for name in (*study.ONE, *study.OF_STUDY):
+        assert f"`{name}`" in page, name
+
+
 # --- ids ------------------------------------------------------------------------------------------
 
 

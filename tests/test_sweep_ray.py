@@ -163,9 +163,9 @@ def test_a_run_that_always_loses_its_worker_is_an_error_and_the_others_go_on(nod
     groups = [[Job(id, "s", {}, {"id": id})] for id in ("a", "deadly", "b", "c", "d")]
     ray.init(nodes.address, log_to_driver=False)
     try:
-        make = ray.remote(max_restarts=-1, max_task_retries=1, num_cpus=1)(Fragile)
-        telling = {(actor := make.remote()).tell.remote(): actor for _ in range(2)}
-        made = list(cluster.spread(ray, telling, {"id": "m"}, groups))
+        make = ray.remote(max_restarts=1, max_task_retries=-1, num_cpus=1)(Fragile).remote
+        telling = {(actor := make()).tell.remote(): actor for _ in range(2)}
+        made = list(cluster.spread(ray, make, telling, {"id": "m"}, groups))
     finally:
         ray.shutdown()
     rows = {row["id"]: row for some in made for row, _ in some}

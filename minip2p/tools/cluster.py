@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import cached_property, partial
 from typing import Any
@@ -21,7 +21,7 @@ from .study import Settings
 from .worker import Job, Worker
 
 Work = Callable[[Sequence[Sequence[Job]]], Iterable[list[tuple[Row, Files]]]]
-RETRIES = 3  # of a group whose worker was lost, before that is its error
+RESTARTS = 5  # of a worker, before its loss is the error of what it was doing
 
 
 class Actor:
@@ -71,13 +71,13 @@ def cluster(
         raise ValueError(f"There is no Ray cluster at {address}: {error}") from None
     try:
         share, n, threads = shares(ray, workers, cpu=arguments[1] == "cpu")
-        make = ray.remote(max_restarts=-1, max_task_retries=RETRIES, **share)(Actor)
-        telling = {
-            (actor := make.remote(arguments, threads)).tell.remote(): actor for _ in range(n)
-        }
+        # Retries without an end: while a lost node is not yet known as lost, each fails at once.
+        kind = ray.remote(max_restarts=RESTARTS, max_task_retries=-1, **share)(Actor)
+        make = partial(kind.remote, arguments, threads)
+        telling = {(actor := make()).tell.remote(): actor for _ in range(n)}
         (first,), _ = ray.wait(list(telling))
         model = told(ray, first)
-        yield model, partial(spread, ray, telling, model)
+        yield model, partial(spread, ray, make, telling, model)
     finally:
         ray.shutdown()
 
@@ -96,35 +96,44 @@ def told(ray: Any, ref: Any) -> Any:
     """The result of a task. Raises ValueError if the model can't be loaded there."""
     try:
         return ray.get(ref)
-    except ray.exceptions.RayTaskError as error:  # a Worker's run raises nothing
+    except ray.exceptions.RayTaskError as error:  # what a run raises is in its row
         raise ValueError(f"A worker can't load the model: {error.cause}") from None
 
 
 def spread(
-    ray: Any, telling: dict[Any, Any], model: Settings, groups: Sequence[Sequence[Job]]
+    ray: Any,
+    make: Callable[[], Any],
+    telling: Mapping[Any, Any],
+    model: Settings,
+    groups: Sequence[Sequence[Job]],
 ) -> Iterator[list[tuple[Row, Files]]]:
-    """What was made, as it comes. Each actor has a group at a time, from when it has told."""
+    """What was made, as it comes. Each actor has a group at a time, from when it has told.
+
+    make: a new actor. telling: actors by their first task, which tells their model.
+    """
     todo, left, busy = iter(groups), len(groups), dict(telling)
     doing: dict[Any, Sequence[Job]] = {}
     while left:
-        check(busy, f"No worker is left and {left} groups are to be made: start it again.")
         (ref,), _ = ray.wait(list(busy))
-        actor, group, alive = busy.pop(ref), doing.pop(ref, ()), True
+        actor, group = busy.pop(ref), doing.pop(ref, ())
         try:
             made = told(ray, ref)
         except ray.exceptions.RayError as error:  # its process was lost, again and again
             said = f"{type(error).__name__}: {error}".splitlines()[0]
+            check(group, f"A worker can't be started: {said}")
             made = [(job.row | {"error": said}, {}) for job in group]
-            alive = not isinstance(error, ray.exceptions.ActorDiedError)
-        following = next(todo, None) if alive else None
-        if following is not None:
-            ref = actor.run.remote(following)
-            busy[ref], doing[ref] = actor, following
-        elif alive:  # its place is free, for one that has lost its node
             ray.kill(actor)
+            actor = make()
+            busy[actor.tell.remote()] = actor
+        else:
+            same = group or made["id"] == model["id"]
+            check(same, "Two workers have different models in the same place: copy one of them.")
+            following = next(todo, None)
+            if following is None:  # its place is free, for one that has lost its node
+                ray.kill(actor)
+            else:
+                ref = actor.run.remote(following)
+                busy[ref], doing[ref] = actor, following
         if group:
             left -= 1
             yield made
-        elif alive:
-            same = made["id"] == model["id"]
-            check(same, "Two workers have different models at the same place: copy one of them.")
