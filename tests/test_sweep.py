@@ -34,8 +34,7 @@ MODEL: dict[str, Any] = {
 
 
 def read(tmp_path: Path, content: str, name: str = "study.toml") -> study.Study:
-    if name.endswith("toml"):
-        (tmp_path / name).write_text(content)
+    (tmp_path / name).write_text(content)
     return study.read(tmp_path / name)
 
 
@@ -96,7 +95,7 @@ MISTAKES = [
     (HEAD + 'model = ["emoji", "other"]', 2, "a study has one"),
     ("seed = 1", 1, "every run needs a prompt"),
     ('prompt = " "', 1, "must be a prompt"),
-    (HEAD + 'swap = "squirrel"', 2, "OLD=NEW, not 'squirrel'"),
+    (HEAD + 'swap = "squirrel"', 2, "a swap takes two sides, A=B, not 'squirrel'"),
     (HEAD + 'swap = [\n"squirrel=lion",\n"dog=cat"]', 4, "no word 'dog' in 'a squirrel"),
     (HEAD + f'to = "{LION}"\nswap = "squirrel=lion"', 2, "swap and to"),
     (HEAD + "cross_replace_steps = 0.5", 2, "needs an edit: add swap, to or reweight"),
@@ -105,6 +104,10 @@ MISTAKES = [
     (HEAD + 'swap = "squirrel=lion"\nblend = ["lion", "dog"]', 3, "no word 'dog'"),
     (HEAD + 'swap = "squirrel=lion"\nblend = { word = "lion" }', 3, "no 'word'"),
     (HEAD + 'swap = "squirrel=lion"\nblend = { words = "lion", threshold = 2 }', 3, "from 0 to"),
+    (HEAD + 'image = "none.png"', 2, "there is no picture /"),
+    (HEAD + f'image = "{__file__}"\nscheduler = "pndm"', 3, "of a given image it is ddim"),
+    (HEAD + f'image = "{__file__}"\neta = 1.0', 3, "of a given image it is 0"),
+    (HEAD + 'method = "direct"', 2, "of a given image, and there is none"),
     (HEAD + "reweight = { dog = 2 }", 2, "no word 'dog'"),
     (HEAD + "reweight = { squirrel = 'x' }", 2, "finite number"),
     (HEAD + "seed = 1\n[[zip]]\neta = [0, 1]\nseed = [1, 2]", 4, "a second time"),
@@ -151,7 +154,7 @@ def test_the_page_about_sweeps_shows_a_study_and_names_every_setting(tmp_path: P
 
 def test_an_id_stays_what_it_is():
     """Written down: another id would have every study of an older version made again."""
-    assert study.identify(settled()) == "59b2b92fcca4c0ca"
+    assert study.identify(settled()) == "b437bf411c421296"
     assert study.identify(settled(swap="squirrel=lion", blend="lion")) == "b08acc5c0d8773da"
 
 
@@ -169,6 +172,18 @@ def test_what_means_the_same_picture_has_one_id():
         to=LION, edit="none", blend="lion", cross_replace_steps=0.1
     )
     assert study.identify(study.source_of(settled(to=LION, blend="lion"))) == alone
+
+
+def test_a_given_picture_is_known_by_what_is_in_it(tmp_path: Path):
+    """Not by its name; and where no noise is drawn the seed makes no difference."""
+    paths = [str(tmp_path / name) for name in ("a.png", "b.png", "c.png")]
+    for path, colour in zip(paths, ("red", "red", "blue"), strict=True):
+        Image.new("RGB", (64, 64), colour).save(path)
+    a, b, c = (study.identify(settled(image=path)) for path in paths)
+    assert a == b != c
+    assert a == study.identify(settled(image=paths[0], seed=1, method="direct"))
+    drawn = [settled(image=paths[0], seed=seed, method="edit-friendly") for seed in (1, 2)]
+    assert len({a, *map(study.identify, drawn)}) == 3
 
 
 def test_everything_that_changes_the_picture_changes_the_id():
@@ -332,7 +347,8 @@ def test_a_study_becomes_pictures_and_rows(folder: Path, capsys: pytest.CaptureF
         for seed in (1, 2)
     }
     for row in rows:
-        settings = {key: row[key] for key in ("weights", "dtype", *study.ONE) if key != "swap"}
+        others = "weights", "dtype", "picture"
+        settings = {key: row[key] for key in (*others, *study.ONE) if key not in ("swap", "image")}
         assert study.identify(settings) == row["id"]  # all that the id is made of is in the row
         assert row["seconds"] > 0 and 0 < row["changed"] < 1
         assert row["psnr_inside"] < row["psnr_outside"] and row["ssim_inside"] < row["ssim_outside"]
@@ -420,8 +436,27 @@ def test_runs_of_one_source_are_one_call(folder: Path, monkeypatch: pytest.Monke
     assert [len(prompts) for prompts in calls] == [5, 5] and len(texts) == len(set(texts)) == 4
 
 
+def test_a_given_picture_is_inverted_once_and_edited(
+    folder: Path, emoji: minip2p.StableDiffusion, monkeypatch: pytest.MonkeyPatch
+):
+    photo = minip2p.generate(emoji, SQUIRREL, num_inference_steps=4).images[0]
+    photo.save("photo.png")
+    Path("study.toml").write_text(
+        STUDY.replace("seed = [1, 2]", 'image = "photo.png"\nguidance_scale = [2, 4]')
+    )
+    calls, invert = [], worker.invert
+    monkeypatch.setattr(worker, "invert", lambda *a, **k: calls.append(k) or invert(*a, **k))
+    assert sweep.main(["study.toml"]) == 0
+    complete_and_once(Path("runs/study"), 8)
+    assert [call["image"] for call in calls] == [str(folder / "photo.png")]  # for both guidances
+    found = minip2p.invert(emoji, "photo.png", SQUIRREL, num_inference_steps=2)
+    row = rows_of()[0]
+    source = np.asarray(Image.open(f"runs/study/{row['source']}.png"), int)
+    assert abs(source - np.asarray(found.reconstruction, int)).max() <= 1
+
+
 def test_groups_are_as_large_as_fits():
-    row: dict[str, Any] = {"id": "", "source": ""}
+    row: dict[str, Any] = {"id": "", "source": "", "image": None}
 
     def job(id: str, source: str) -> worker.Job:
         return worker.Job(id, source, settled(**({} if id == source else {"to": LION})), row)

@@ -23,7 +23,7 @@ from .study import ONE
 
 TEMPLATE = Path(__file__).with_name("report.html")
 THUMBNAIL = 160  # pixels of a picture's longer side, at most
-ABOUT_THE_MAKING = "id", "source", "worker", "device", "minip2p", "error"
+ABOUT_THE_MAKING = "id", "source", "picture", "worker", "device", "minip2p", "error"
 OF_STUDY = "model", "weights", "dtype"
 SENTENCES = {  # what a measurement says
     "psnr_outside": "background kept, dB",
@@ -57,6 +57,8 @@ def report(rows: Sequence[Row], folder: Path) -> str:
     names = list(dict.fromkeys(name for row in rows for name in row))
     settings = [n for n in names if n in ONE or n in OF_STUDY]
     labels = {n: [label(row.get(n)) for row in rows] for n in settings}
+    if "image" in settings:
+        labels["image"] = [Path(text).name for text in labels["image"]]
     varied = [n for n in settings if len(set(labels[n])) > 1]
     if "swap" in varied and "to" in varied:  # the same, longer
         pairs = set(zip(labels["swap"], labels["to"], labels["prompt"], strict=True))

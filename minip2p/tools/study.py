@@ -19,16 +19,19 @@ import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
-from functools import partial
+from functools import lru_cache, partial
 from importlib import import_module
 from pathlib import Path
 from typing import Any
 
-from ..align import DEFAULT, PUNCTUATION, Prompt, check_words, swap_word, window
+from ..align import DEFAULT, Prompt, check_words, window
 from ..blend import LocalBlend
 from ..check import check, describe, is_number, is_whole
 from ..edit import PromptEdit, Refine, Reweight, WordSwap
+from ..invert import METHODS
 from ..settings import SCHEDULERS
+from ..words import bare, swap_word
+from .job import pair
 
 EDITS = {"auto": PromptEdit, "swap": WordSwap, "refine": Refine, "none": None}
 DTYPES = "float32", "float16", "bfloat16"
@@ -68,6 +71,13 @@ def prompt(value: Any) -> str:
     return str(value)
 
 
+def given(value: Any) -> str:
+    """The path of a picture, absolute: workers may stand elsewhere."""
+    path = Path(text(value)).absolute()
+    check(path.is_file(), f"there is no picture {path}")
+    return str(path)
+
+
 def number(low: float, high: float, whole: bool = False) -> Callable[[Any], Any]:
     """Reads a number within those bounds."""
     what, fits = ("whole number", is_whole) if whole else ("number", is_number)
@@ -99,12 +109,7 @@ def words(value: Any) -> list[str]:
 
 
 def swaps(value: Any) -> list[str]:
-    for swap in words(value):
-        old, equals, new = swap.partition("=")
-        check(
-            old.strip() and equals and new.strip(), f"a swap has two sides, OLD=NEW, not {swap!r}"
-        )
-    return words(value)
+    return ["=".join(pair("a swap", one)) for one in words(value)]
 
 
 def windows(value: Any) -> Any:
@@ -137,6 +142,8 @@ def blend(value: Any) -> Settings | None:
 # What a run has: how a value is read, and what it is where the file has none.
 ONE: dict[str, tuple[Callable[[Any], Any], Any]] = {
     "prompt": (prompt, None),
+    "image": (given, None),
+    "method": (one_of(METHODS), None),
     "negative_prompt": (text, ""),
     "swap": (swaps, []),
     "to": (prompt, None),
@@ -177,6 +184,11 @@ def complete(given: Mapping[str, Any]) -> Settings:
         check(run["prompt"] is not None, "every run needs a prompt, and there is none")
     with blaming("to"):
         check(not (run["swap"] and run["to"]), "swap and to both give the edited prompt: keep one")
+    for key, usual in (("scheduler", "ddim"), ("eta", 0)) if run["image"] else ():
+        with blaming(key):
+            check(run[key] in (None, usual), f"of a given image it is {usual}: leave it out")
+    with blaming("method"):
+        check(run["image"] or not run["method"], "it is of a given image, and there is none")
     with blaming("swap"):
         if run["swap"]:
             run["to"] = swapped(run["prompt"], run["swap"])
@@ -202,8 +214,7 @@ def blaming(key: str) -> Iterator[None]:
 
 def swapped(source: str, swaps: Sequence[str]) -> str:
     for swap in swaps:
-        old, _, new = swap.partition("=")
-        source = swap_word(source, old.strip(), new.strip())
+        source = swap_word(source, *pair("swap", swap))
     return source
 
 
@@ -232,7 +243,7 @@ def plain_prompts(run: Settings) -> list[Prompt]:
 
 def changed_words(run: Settings) -> tuple[list[str], list[str]]:
     """The words that an edit is about, in the source and in the edited prompt."""
-    source, target = ([w.strip(PUNCTUATION) for w in run[key].split()] for key in ("prompt", "to"))
+    source, target = ([bare(w) for w in run[key].split()] for key in ("prompt", "to"))
     old, new = list(run["reweight"]), list(run["reweight"])
     matcher = difflib.SequenceMatcher(None, source, target, autojunk=False)
     for same, a, b, c, d in matcher.get_opcodes():
@@ -394,7 +405,12 @@ def settle(run: Settings, model: Settings) -> Settings:
     defaults = model["defaults"]
     usual = {"num_inference_steps": 50, "guidance_scale": 7.5, "scheduler": model["scheduler"]}
     usual |= {"height": model["height"], "width": model["width"]}
-    settled = {key: value for key, value in run.items() if key != "swap"}
+    settled = {key: value for key, value in run.items() if key not in ("swap", "image")}
+    settled["picture"] = None
+    if run["image"]:
+        method = run["method"] or "direct"
+        settled |= {"picture": digest(run["image"]), "method": method, "scheduler": "ddim"}
+        settled["seed"] = run["seed"] if method == "edit-friendly" else None  # no noise is drawn
     for key, value in usual.items():
         if settled[key] is None:
             settled[key] = ONE[key][0](defaults.get(key, value))
@@ -409,6 +425,12 @@ def settle(run: Settings, model: Settings) -> Settings:
     return {"weights": model["id"], "dtype": model["dtype"]} | settled
 
 
+@lru_cache(1024)
+def digest(path: str) -> str:
+    """Of a picture's file: where it lies does not matter."""
+    return hashlib.sha256(Path(path).read_bytes()).hexdigest()[:16]
+
+
 def source_of(settled: Settings) -> Settings:
     """The settings of the run's source picture."""
     alone = {key: ONE[key][1] for key in (*OF_EDIT, "reweight", "to")}
@@ -416,6 +438,10 @@ def source_of(settled: Settings) -> Settings:
 
 
 def identify(settled: Settings) -> str:
-    """16 hexadecimal digits of the SHA-256 of the settings' canonical JSON."""
-    canonical = json.dumps(settled, sort_keys=True, separators=(",", ":"))
+    """16 hexadecimal digits of the SHA-256 of the settings' canonical JSON.
+
+    What is None is left out, so that a setting which a later version adds changes no id.
+    """
+    said = {key: value for key, value in settled.items() if value is not None}
+    canonical = json.dumps(said, sort_keys=True, separators=(",", ":"))
     return hashlib.sha256(canonical.encode()).hexdigest()[:16]

@@ -17,12 +17,12 @@ from dataclasses import replace
 from datetime import timedelta
 from pathlib import Path
 
-from tqdm import tqdm
-
+from ..progress import tqdm
 from ..settings import make_scheduler
 from . import fast
-from .cli import Parser, check_out, fail, number
+from .cli import Parser, fail, number
 from .cluster import Work, cluster
+from .files import check_out
 from .report import write_report
 from .results import Table, only_one
 from .study import Mistakes, Settings, Study, identify, read, settle, source_of
@@ -36,6 +36,7 @@ def make_jobs(study: Study, model: Settings) -> list[Job]:
         settings = settle(run, model)
         own, source = identify(settings), identify(source_of(settings))
         row = {"id": own, "source": source, "model": study.about["model"], "swap": run["swap"]}
+        row["image"] = run["image"]
         jobs.setdefault(own, Job(own, source, settings, row | settings))
     return list(jobs.values())
 
@@ -109,10 +110,12 @@ def dry_run(study: Study, options: argparse.Namespace) -> None:
         of = group[0].settings
         return calls(group) * pictures(group) * of["height"] * of["width"]
 
+    inversions = {group[0].source: calls(group) for group in groups if group[0].row["image"]}
+    unet_calls = sum(map(calls, groups)) + sum(inversions.values())
     print(
         f"{len(study.runs)} runs, {len(jobs)} of them different, {len(todo)} to be made: "
         f"{sum(map(pictures, groups))} pictures with their sources in {len(groups)} calls of "
-        f"generate, {sum(map(calls, groups))} UNet calls"
+        f"generate, {unet_calls} UNet calls"
     )
     if groups:
         short = {"num_inference_steps": 1}

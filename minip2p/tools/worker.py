@@ -22,6 +22,7 @@ from PIL.PngImagePlugin import PngInfo
 from torch import Tensor, nn
 
 from .. import text
+from ..invert import Inversion, invert
 from ..sample import generate
 from ..weights import StableDiffusion, load
 from .measure import Looks, Words, measure
@@ -68,6 +69,7 @@ class Worker:
         model = load(about["model"], tokenizer=about["tokenizer"], device=device, dtype=dtype)
         self.about, self.latents = about, latents
         self.model = replace(model, text_encoder=Remembering(model.text_encoder))
+        self.once = lru_cache(4)(self.invert)  # an image's runs come one after the other
 
     def tell(self) -> Settings:
         """What settles a run's settings, and how many pixels of pictures fit at a time."""
@@ -102,7 +104,7 @@ class Worker:
             prompts,
             edit=[edit_of(job.settings) for job in edited] or None,
             store=Looks(words=list(all_words)) if all_words else False,
-            **{key: settings[key] for key in OF_GENERATE},
+            **self.start(jobs[0]),
         )
         shared: Row = {
             "seconds": round((time.perf_counter() - began) / len(jobs), 4),
@@ -120,6 +122,22 @@ class Worker:
         made[0][1].update(found[jobs[0].source][1])
         return made
 
+    def start(self, job: Job) -> dict[str, Any]:
+        """What `generate` is to start from: a seed and its like, or a given picture."""
+        of, image = job.settings, job.row["image"]
+        both = {key: of[key] for key in ("negative_prompt", "guidance_scale")}
+        if image is None:
+            names = "seed", "num_inference_steps", "scheduler", "eta", "height", "width"
+            return both | {key: of[key] for key in names}
+        shared = "prompt", "method", "num_inference_steps", "height", "width"
+        how = {"image": image} | {key: of[key] for key in shared}
+        if of["method"] == "edit-friendly":
+            how |= {"guidance_scale": of["guidance_scale"], "seed": of["seed"]}
+        return both | {"source": self.once(tuple(how.items()))}
+
+    def invert(self, how: tuple[tuple[str, Any], ...]) -> Inversion:
+        return invert(self.model, **dict(how))
+
     def words(self, settings: Settings) -> Words:
         """The changed words that the model sees, in the source and in the edited prompt."""
         old, new = changed_words(settings)
@@ -136,12 +154,6 @@ class Worker:
         np.save(array, latents.cpu().numpy())
         kept = {f"{name}.npy": array.getvalue()} if self.latents else {}
         return {f"{name}.png": png.getvalue()} | kept
-
-
-OF_GENERATE = (
-    *("negative_prompt", "seed", "num_inference_steps", "guidance_scale", "scheduler", "eta"),
-    *("height", "width"),
-)
 
 
 def identity(model: StableDiffusion) -> str:
