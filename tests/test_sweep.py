@@ -472,6 +472,18 @@ def test_groups_are_as_large_as_fits():
     assert ids(pixels=10**9, batch=2)[:2] == [whole[:2], whole[2:3]]
 
 
+def test_a_batch_fits_into_half_of_the_memory(
+    emoji: minip2p.StableDiffusion, monkeypatch: pytest.MonkeyPatch
+):
+    h, w = emoji.sample_size
+    picture = 2 * worker.BYTES * emoji.unet.conv_in.out_channels * h * w  # prompt and blank
+    for memory, beside, expected in ((10, 0, 5), (10, 1, 2), (0, 0, 2), (1000, 0, worker.MOST)):
+        monkeypatch.setattr(worker, "free_memory", lambda _, n=memory: n * picture)
+        assert worker.pixels_that_fit(emoji, beside) == expected * 64 * 64
+    monkeypatch.undo()
+    assert worker.free_memory(emoji.device) > 2**28
+
+
 def test_a_dry_run_says_how_much_there_is_and_makes_nothing(
     folder: Path, capsys: pytest.CaptureFixture[str]
 ):

@@ -70,10 +70,10 @@ def cluster(
     except (ConnectionError, RuntimeError) as error:
         raise ValueError(f"There is no Ray cluster at {address}: {error}") from None
     try:
-        share, n, threads = shares(ray, workers, cpu=arguments[1] == "cpu")
+        share, n, threads, beside = shares(ray, workers, cpu=arguments[1] == "cpu")
         # Retries without an end: while a lost node is not yet known as lost, each fails at once.
         kind = ray.remote(max_restarts=RESTARTS, max_task_retries=-1, **share)(Actor)
-        make = partial(kind.remote, arguments, threads)
+        make = partial(kind.remote, (*arguments, beside), threads)
         telling = {(actor := make()).tell.remote(): actor for _ in range(n)}
         (first,), _ = ray.wait(list(telling))
         model = told(ray, first)
@@ -82,14 +82,16 @@ def cluster(
         ray.shutdown()
 
 
-def shares(ray: Any, workers: int | None, cpu: bool) -> tuple[dict[str, int], int, int]:
-    """What each actor takes of the cluster, how many there are, and their threads."""
+def shares(ray: Any, workers: int | None, cpu: bool) -> tuple[dict[str, int], int, int, int]:
+    """What an actor takes of the cluster, how many there are, its threads, others on its node."""
     nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
     gpus, cpus = (int(sum(node.get(kind, 0) for node in nodes)) for kind in ("GPU", "CPU"))
     n = workers or (0 if cpu else gpus) or len(nodes)
     largest = int(max(node.get("CPU", 0) for node in nodes))
     threads = max(1, min(cpus // n, largest))
-    return {"num_gpus": 1} if gpus and not cpu else {"num_cpus": threads}, n, threads
+    if gpus and not cpu:
+        return {"num_gpus": 1}, n, threads, 0
+    return {"num_cpus": threads}, n, threads, (n - 1) // len(nodes)
 
 
 def told(ray: Any, ref: Any) -> Any:

@@ -12,6 +12,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache
 from importlib.metadata import version
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -63,11 +64,13 @@ class Remembering(nn.Module):
 class Worker:
     """A model, and what is made with it."""
 
-    def __init__(self, about: Settings, device: str | None = None, latents: bool = False):
-        """about: Study.about. latents: keep them, too."""
+    def __init__(
+        self, about: Settings, device: str | None = None, latents: bool = False, beside: int = 0
+    ):
+        """about: Study.about. latents: keep them, too. beside: workers that share its memory."""
         dtype = getattr(torch, about["dtype"])
         model = load(about["model"], tokenizer=about["tokenizer"], device=device, dtype=dtype)
-        self.about, self.latents = about, latents
+        self.about, self.latents, self.beside = about, latents, beside
         self.model = replace(model, text_encoder=Remembering(model.text_encoder))
         self.once = lru_cache(4)(self.invert)  # an image's runs come one after the other
 
@@ -78,7 +81,7 @@ class Worker:
         recommended = {"scheduler": model.scheduler, "defaults": model.defaults}
         recommended |= {"height": h * model.vae.f, "width": w * model.vae.f}
         ours = {"id": identity(model), "dtype": self.about["dtype"]}
-        return ours | recommended | {"pixels": pixels_that_fit(model)}
+        return ours | recommended | {"pixels": pixels_that_fit(model, self.beside)}
 
     def run(self, jobs: Sequence[Job]) -> list[tuple[Row, Files]]:
         """Jobs of one source, in one call of generate. A job that raises has its error in its row.
@@ -169,12 +172,20 @@ def identity(model: StableDiffusion) -> str:
     return digest.hexdigest()[:16]
 
 
-def pixels_that_fit(model: StableDiffusion) -> int:
+def pixels_that_fit(model: StableDiffusion, beside: int = 0) -> int:
     """Of pictures to be made at a time: half of the memory that is free, at most MOST pictures."""
     h, w = model.sample_size
-    free = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-    if model.device.type == "cuda":
-        free, _ = torch.cuda.mem_get_info(model.device)
+    free = free_memory(model.device) // (1 + beside)
     a_row = BYTES * model.unet.conv_in.out_channels * h * w * model.dtype.itemsize // 4
     at_once = min(MOST, free // 2 // (2 * a_row))  # a picture is two rows: prompt and blank
     return max(2, at_once) * h * w * model.vae.f**2
+
+
+def free_memory(device: torch.device) -> int:
+    """In bytes."""
+    if device.type == "cuda":
+        return torch.cuda.mem_get_info(device)[0]
+    about = Path("/proc/meminfo")
+    lines = about.read_text().splitlines() if about.exists() else []
+    there = [int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable:")]
+    return there[0] if there else 4 << 30  # other systems: what any machine for this can spare
