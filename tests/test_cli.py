@@ -1182,6 +1182,8 @@ ORDER = (  # each imports none that comes after it; what is read comes before wh
     *("settings", "progress", "picture", "invert", "sample"),
     *("tools.show", "tools.fast", "tools.table", "tools.page", "tools.given", "tools.files"),
     *("tools.repeat", "tools.job", "tools.cli", "__main__"),
+    *("tools.measure", "tools.study", "tools.results", "tools.worker", "tools.cluster"),
+    *("tools.report", "tools.sweep", "sweep"),
 )
 
 
