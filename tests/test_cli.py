@@ -733,6 +733,7 @@ ORDER = (  # each imports none that comes after it; what is read comes before wh
     *("weights.hub", "weights", "settings", "picture", "invert", "sample"),
     *("tools.show", "tools.fast", "tools.table", "tools.page", "tools.given", "tools.cli"),
     "__main__",
+    *("tools.wish", "tools.studio", "studio"),
 )
 
 
