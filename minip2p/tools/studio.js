@@ -136,7 +136,9 @@ function studioFrame(element, props, trigger, watch) {
 const studioStyle = `<style>
   h1 { display: none; }
   body { max-width: none; padding: .25rem .75rem 1rem; }
-  @media (min-width: 34rem) { #pictures { grid-template-columns: repeat(3, minmax(0, 1fr)); gap: .9rem; } }
+  @media (min-width: 34rem) {
+    #pictures { gap: .9rem; grid: auto / auto-flow minmax(0, 1fr); }  /* one row */
+  }
   @media (max-width: 34rem) { h2, #tables, dl { display: none; } }
 </style>`;
 

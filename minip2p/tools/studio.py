@@ -19,13 +19,13 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from ..align import swap_word, window
-from ..attention import Edit
+from ..align import window
 from ..check import check, describe, is_number
+from ..invert import Inversion, invert
 from ..sample import Result, generate
 from ..settings import choose
-from ..store import Chain
 from ..weights import StableDiffusion, load
+from ..words import swap_word
 from . import fast
 from .cli import EXAMPLE, Parser, fail, number, warn_unknown_words
 from .page import PageStore, page
@@ -47,23 +47,15 @@ class OutdatedError(Exception):
 
 
 class Visitor:
-    """When the browser sent its latest change: whatever was sent before is out of date."""
+    """When the browser sent its latest change, and the last picture given, with the way to it."""
 
     sent = 0.0
+    given: tuple[tuple[str, str, float], Inversion] | None = None
 
     def check(self, sent: float) -> None:
+        """Raises OutdatedError if a change came after the one that was sent then."""
         if sent < self.sent:
             raise OutdatedError
-
-
-class Watch(Edit):
-    """Ends a run that is out of date, before a UNet call."""
-
-    def __init__(self, visitor: Visitor, sent: float):
-        self.visitor, self.sent = visitor, sent
-
-    def at(self, call: int, calls: int) -> None:
-        self.visitor.check(self.sent)
 
 
 class Studio:
@@ -76,24 +68,44 @@ class Studio:
         """The result, and what there is to warn of. Raises OutdatedError."""
         while not self.free.acquire(timeout=0.05):  # somebody else's turn, or an older run's end
             visitor.check(sent)
+        # Before each UNet call, for invert has no callback.
+        watch = self.model.unet.register_forward_pre_hook(lambda *_: visitor.check(sent))
         try:
             with warnings.catch_warnings(record=True) as heard:
                 warnings.simplefilter("always", UserWarning)
                 warn_unknown_words(self.model, wish.prompts)
-                settings = wish.settings()
-                hooks = Chain([settings["edit"], Watch(visitor, sent)])
-                result = generate(self.model, **settings | {"edit": hooks}, store=PageStore())
-                result.settings["edit"] = repr(settings["edit"])
+                source = self.source(wish, visitor)
+                store = PageStore()
+                result = generate(self.model, **wish.settings(), source=source, store=store)
             return result, list(dict.fromkeys(str(w.message) for w in heard))
         finally:
+            watch.remove()
             self.free.release()
 
+    def source(self, wish: Wish, visitor: Visitor) -> Inversion | None:
+        """The given picture, inverted once for all edits of it."""
+        if not wish.picture:
+            return None
+        asked = wish.picture, wish.prompt, wish.numbers["steps"]
+        if visitor.given is None or visitor.given[0] != asked:
+            image, prompt, steps = asked
+            found = invert(self.model, image, prompt, num_inference_steps=int(steps))
+            visitor.given = asked, found
+        return visitor.given[1]
+
     def answer(
-        self, visitor: Visitor, sent: Any, said: Any, prompt: Any, edited: Any, *numbers: Any
+        self,
+        visitor: Visitor,
+        sent: Any,
+        said: Any,
+        prompt: Any,
+        edited: Any,
+        picture: str | None,
+        *numbers: Any,
     ) -> Iterator[dict[str, Any]]:
         """What changes on the page: the words' rows at once, later pictures and what repeats them.
 
-        said: of the words, as studio.js keeps it. numbers: steps, guidance, seed.
+        said: of the words, as studio.js keeps it. picture: a file. numbers: steps, guidance, seed.
         """
         started = time.perf_counter()
         try:
@@ -103,7 +115,7 @@ class Studio:
             words = rows(self.model, prompt, edited)
             yield {"words": {"rows": words}}
             named = dict(zip(("steps", "guidance", "seed"), numbers, strict=True))
-            wish = make_wish(self.model, prompt, edited, named, said)
+            wish = make_wish(self.model, prompt, edited, named, said, picture)
             yield {"state": "Drawing …"}
             result, heard = self.draw(wish, visitor, sent)
             yield {
@@ -205,10 +217,16 @@ def make_widgets(gr: Any, studio: Studio) -> tuple[dict[str, Any], list[Any]]:
                 steps = gr.Slider(*LIMITS["steps"], 20, step=1, label="Steps", elem_id="steps")
                 guidance = gr.Slider(*LIMITS["guidance"], scale, step=0.5, label="Guidance")
                 seed = gr.Number(8888, precision=0, minimum=0, label="Seed", elem_id="seed")
+            picture = gr.File(
+                label="Your own picture, which the prompt describes",
+                elem_id="picture",
+                height=110,
+                file_types=["image"],
+            )
             look = {"lines": 3, "max_lines": 16, "interactive": False, "buttons": ["copy"]}
             shown["command"] = box("command", "", "Copy as command", **look)
             shown["python"] = box("python", "", "Copy as Python", **look)
-    return shown, [shown["words"], prompt, edited, steps, guidance, seed]
+    return shown, [shown["words"], prompt, edited, picture, steps, guidance, seed]
 
 
 def first_said(model: StableDiffusion, source: str, target: str) -> dict[str, Any]:

@@ -6,6 +6,7 @@ import re
 import shlex
 from collections.abc import Mapping
 from dataclasses import dataclass, fields, is_dataclass
+from pathlib import Path
 from typing import Any
 
 from ..align import DEFAULT, window
@@ -31,6 +32,7 @@ class Wish:
     layout: tuple[float, float]  # the window of self-attention
     weights: Mapping[str, float]
     blend: tuple[str, ...]
+    picture: str | None = None  # the file of a given picture, which is the source then
 
     @property
     def prompts(self) -> list[str]:
@@ -43,7 +45,7 @@ class Wish:
         return Reweight(self.weights, edit) if self.weights else edit
 
     def settings(self) -> dict[str, Any]:
-        """What `generate` is given after the model, but for the store."""
+        """What `generate` is given after the model, but for source and store."""
         return {
             "prompts": self.prompts,
             "edit": [None, self.edit] if self.edited.strip() else None,
@@ -56,15 +58,22 @@ class Wish:
         """Python that makes the same pictures, to the bit. loaded: what `load` was given."""
         given = ", ".join(f"{name}={value!r}" for name, value in loaded.items())
         settings = "".join(f"    {k}={code(v)},\n" for k, v in self.settings().items())
+        source = ""
+        if self.picture:
+            asked = f"{Path(self.picture).name!r}, {self.prompt!r}"
+            steps = f"num_inference_steps={self.numbers['steps']}"
+            source = f"source = minip2p.invert(model, {asked}, {steps})\n"
+            settings += "    source=source,\n"
         return (
             "import minip2p\nfrom minip2p.tools.page import PageStore\n\n"
-            f"model = minip2p.load({given})\nresult = minip2p.generate(\n    model,\n"
+            f"model = minip2p.load({given})\n{source}result = minip2p.generate(\n    model,\n"
             f'{settings}    store=PageStore(),\n)\nresult.images[-1].save("edit.png")\n'
         )
 
     def command(self, loaded: Mapping[str, str]) -> str:
         """A command that makes the same pictures, to the bit."""
         options = [("model" if name == "source" else name, v) for name, v in loaded.items()]
+        options += [("image", Path(self.picture).name)] if self.picture else []
         options += [(name, str(value)) for name, value in self.numbers.items()]
         # The maps of a page are written down, and the sums of written maps round differently.
         said = ["python -m minip2p.sample --html out/page.html"]
@@ -128,7 +137,12 @@ def within(kind: str, value: Any, name: str) -> float:
 
 
 def make_wish(
-    model: StableDiffusion, prompt: Any, edited: Any, numbers: Mapping[str, Any], said: Any
+    model: StableDiffusion,
+    prompt: Any,
+    edited: Any,
+    numbers: Mapping[str, Any],
+    said: Any,
+    picture: str | None = None,
 ) -> Wish:
     """What the widgets say. Raises ValueError for what is out of bounds.
 
@@ -152,4 +166,5 @@ def make_wish(
         window(said.get("layout")),
         {word: weight for word, weight in weights.items() if weight != 1},
         tuple(word for word, is_on in part("blend", own=False).items() if is_on),
+        picture,
     )
