@@ -334,14 +334,14 @@ def address(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
         yield found[1]
         outside = [path for name in ("HOME", "work") for path in (folder / name).rglob("*")]
         assert not outside
-        (temporary,) = (folder / "TMPDIR").iterdir()
-        assert temporary.name.startswith("minip2p-studio-")
+        assert len(list((folder / "TMPDIR").glob("minip2p-studio-*"))) == 1
     finally:
         process.send_signal(2)
         with contextlib.suppress(subprocess.TimeoutExpired):
             process.wait(timeout=20)
         process.kill()
-    assert not list((folder / "TMPDIR").iterdir()), "the temporary folder is still there"
+    left = list((folder / "TMPDIR").rglob("minip2p-studio-*"))
+    assert not left, "the temporary folder is still there"
 
 
 @pytest.fixture(scope="module")
@@ -359,6 +359,7 @@ class Page:
         self.browser = browser
         self.tab = browser("POST", "/window/new", type="tab")["handle"]
         self.go()
+        browser("POST", "/window/rect", width=1400, height=1300)  # no word is out of sight
         browser("POST", "/url", url=address)
         self.until(lambda: self.done())
 
@@ -385,15 +386,20 @@ class Page:
             time.sleep(0.02)
 
     def drawn(self, *parts: str) -> None:
-        """Wait for the pictures of a command with these parts."""
+        """Wait for the pictures of a command with these parts, in a frame that has loaded."""
         self.until(lambda: self.done() and all(part in self.text("command") for part in parts))
+        frames = "return [...document.querySelectorAll('#frame iframe')].map(e => e.className)"
+        self.until(lambda: self.js(frames) == [""])
+
+    def close(self) -> None:
+        self.go()
+        first, *_ = self.browser("DELETE", "/window")
+        self.browser("POST", "/window", handle=first)
 
     def type(self, name: str, text: str) -> None:
-        box = self.js(
-            f"const e = document.querySelector('#{name} textarea, #{name} input'); e.select();"
-            "return e"
-        )
+        box = self.js(f"return document.querySelector('#{name} textarea, #{name} input')")
         (element,) = box.values()
+        self.browser("POST", f"/element/{element}/clear")
         self.browser("POST", f"/element/{element}/value", text=text)
 
     def names(self) -> list[str]:
@@ -411,6 +417,28 @@ class Page:
         finally:
             self.browser("POST", "/frame", id=None)
 
+    def point(self, row: int, word: int, *then: str) -> list[str]:
+        """The mouse onto a word in the frame. What the pictures' sentences say then."""
+        middle = (
+            "const r = document.querySelector(arguments[0]).getBoundingClientRect();"
+            "return [r.x, r.y, r.width / 2, r.height / 2]"
+        )
+        left, top, *_ = self.js(middle, "#frame iframe:not(.coming)")
+        with self.frame():
+            x, y, dx, dy = self.js(middle, f'.word[data-row="{row}"][data-word="{word}"]')
+        self.browser.pointer(left + x + dx, top + y + dy, *then)
+        states: list[str] = []
+
+        def read() -> bool:
+            with self.frame():
+                states[:] = self.js(
+                    "return [...document.querySelectorAll('.state')].map(e => e.textContent)"
+                )
+            return all(states)
+
+        self.until(read, 10)
+        return states
+
     def pictures(self) -> list[bytes]:
         """The pixels of those in the frame."""
         with self.frame():
@@ -421,7 +449,9 @@ class Page:
 
 @pytest.fixture
 def tab(chromium: Browser, address: str) -> Iterator[Page]:
-    yield Page(chromium, address)
+    page = Page(chromium, address)
+    yield page
+    page.close()
     log = chromium("POST", "/se/log", type="browser")
     assert [entry["message"] for entry in log if entry["level"] == "SEVERE"] == []
 
@@ -446,8 +476,7 @@ def test_type_hover_and_copy(tab: Page, tmp_path: Path, monkeypatch: pytest.Monk
     )
     with tab.frame():
         assert tab.js("try { parent.document } catch { return 'walled off' }") == "walled off"
-        tab.browser.hover('.word[data-row="2"][data-word="5"]')
-        states = tab.js("return [...document.querySelectorAll('.state')].map(e => e.textContent)")
+    states = tab.point(2, 5)
     assert states[0].startswith("squirrel: up to") and states[2].startswith("panda: up to")
     assert "where the source looks at “squirrel” at calls 1 to 16 of 20" in states[2]
     pictures = tab.pictures()
@@ -458,8 +487,7 @@ def test_type_hover_and_copy(tab: Page, tmp_path: Path, monkeypatch: pytest.Monk
 @pytest.mark.slow
 def test_drag_a_window(tab: Page, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     """Every move of the mouse is a change: the last one is what is drawn."""
-    with tab.frame():
-        tab.browser.hover('.word[data-row="2"][data-word="5"]', "Down", "Up")  # pinned
+    tab.point(2, 5, "Down", "Up")  # pinned
     x, y, width = tab.js(
         "const e = document.querySelector('[aria-label=\"lion: end of the window\"]');"
         "e.scrollIntoView({block: 'center'}); const r = e.getBoundingClientRect();"
@@ -474,8 +502,7 @@ def test_drag_a_window(tab: Page, tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     )
     assert 0.1 < float(percent) < 0.3
     tab.drawn(f"--cross-replace-steps lion=0.0,{percent} ")
-    with tab.frame():
-        tab.until(lambda: tab.js("return document.querySelector('.word.chosen') !== null"))
+    with tab.frame():  # the word is pinned in the page of the new pictures, too
         state = tab.js("return document.querySelectorAll('.state')[2].textContent")
     assert f"at calls 1 to {int(20 * float(percent))} of 20" in state
     assert repeated(tab, tmp_path, monkeypatch) == tab.pictures()
@@ -491,6 +518,7 @@ def test_two_visitors_at_once(tab: Page, chromium: Browser, address: str):
     other.type("edited", "a painting of a dog eating a burger")
     other.drawn("of a dog eating")
     theirs = other.pictures()
+    other.close()
     tab.go()
     tab.drawn("of a cat eating")
     own = tab.pictures()

@@ -253,6 +253,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         args = parser.parse_args(argv)
         with tempfile.TemporaryDirectory(prefix="minip2p-studio-") as folder:
             os.environ.update(GRADIO_TEMP_DIR=folder, GRADIO_ANALYTICS_ENABLED="False")
+            os.environ["MPLCONFIGDIR"] = folder  # Gradio imports matplotlib, which keeps fonts
             serve(args)
     except (OSError, ValueError) as error:
         return fail(error)
