@@ -1184,6 +1184,7 @@ ORDER = (  # each imports none that comes after it; what is read comes before wh
     *("tools.repeat", "tools.job", "tools.cli", "__main__"),
     *("tools.measure", "tools.study", "tools.results", "tools.worker", "tools.cluster"),
     *("tools.report", "tools.sweep", "sweep"),
+    *("tools.wish", "tools.studio", "studio"),
 )
 
 
