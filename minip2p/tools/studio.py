@@ -27,7 +27,8 @@ from ..settings import choose
 from ..weights import StableDiffusion, load
 from ..words import swap_word
 from . import fast
-from .cli import EXAMPLE, Parser, fail, number, warn_unknown_words
+from .cli import Parser, fail, number, warn_unknown_words
+from .job import EXAMPLE
 from .page import PageStore, page
 from .wish import LIMITS, PROMPT, Wish, make_wish, rows
 
