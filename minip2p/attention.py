@@ -126,10 +126,9 @@ class Mix:
         q, k = (t.index_select(0, torch.cat([self.look, later])) for t in (q, k))
         to = None if self.to is None else torch.cat([self.to, later])
         v = v if to is None else v.index_select(0, to)
-        if self.matrices is not None:  # in float32, for the fractions in W
+        if self.matrices is not None:
             m = n - len(self.matrices)
-            weighed = (self.matrices[:, None].to(precise(v).dtype) @ precise(v[m:n])).to(v.dtype)
-            v = torch.cat([v[:m], weighed, v[n:]])
+            v = torch.cat([v[:m], weighed(self.matrices, v[m:n]), v[n:]])
         out = scaled_dot_product_attention(q, k, v)  # n + later i q d
         return out if to is None else out.new_zeros(b, *out.shape[1:]).index_add_(0, to, out)
 
@@ -145,6 +144,13 @@ class Mix:
                 out = unscaled.attend(q, k, values)
                 maps.append(out[: len(some), ..., :c].mean(dim=1))
             add(torch.cat(maps, dim=-1))
+
+
+def weighed(matrices: Tensor, v: Tensor) -> Tensor:
+    """W V of each term, in one product for all heads. matrices: m k k, v: m i k d → m i k d"""
+    flat = precise(v.transpose(1, 2).flatten(2))  # m k i·d; in float32, for the fractions in W
+    product = torch.bmm(matrices.to(flat.dtype), flat)
+    return product.unflatten(2, (v.shape[1], -1)).transpose(1, 2).to(v.dtype)
 
 
 class Guided(Edit):

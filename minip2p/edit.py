@@ -198,24 +198,25 @@ def as_mix(source: Tensor, own: Tensor, weights: Tensor, device: Device) -> Mix 
     """M̂_r = (M_0 source_r + M_r diag(own_r)) diag(weights_r) of every row; None: all as they are.
 
     source: b k k. own, weights: b k. A row's own map comes first, then what it takes from the
-    source. Maps that stay as they are, the source's among them, get no matrix: with an identity,
-    TF32 would round them.
+    source. Maps that are used as they are, as the source's own, get no matrix: it costs time, and
+    TF32 would round a product with an identity.
     """
-    rows = torch.arange(len(own))
+    rows, identity = torch.arange(len(own)), torch.eye(own.shape[1])
     scale = None if (weights == 1).all() else weights.to(device)
-    takes, keeps, same = source.flatten(1).any(dim=1), own.any(dim=1), (own == 1).all(dim=1)
-    if not takes.any() and same.all():
+    takes, keeps = source.flatten(1).any(dim=1), own.any(dim=1)
+    if not takes.any() and (own == 1).all():
         return None if scale is None else Mix(len(rows), scale=scale)
-    only, both, same = takes & ~keeps, rows[takes & keeps], same & ~takes
-    order = torch.cat([rows[same], rows[~same]])
-    look = torch.cat([rows.where(~only, 0)[order], 0 * both])
-    first = own.diag_embed().where(~only[:, None, None], source)[~same]
-    to = torch.cat([order, both])
+    only, both = takes & ~keeps, rows[takes & keeps]
+    first = own.diag_embed().where(~only[:, None, None], source)
+    same = (first == identity).flatten(1).all(dim=1)
+    to = torch.cat([rows[same], rows[~same], both])
+    look = torch.cat([rows.where(~only, 0)[to[: len(rows)]], 0 * both])
+    matrices = torch.cat([first[~same], source[both]])
     return Mix(
         len(rows),
         look.to(device),
         None if to.equal(rows) else to.to(device),
-        torch.cat([first, source[both]]).to(device),
+        matrices.to(device) if len(matrices) else None,
         scale,
     )
 
