@@ -97,8 +97,8 @@ def test_a_trained_folder_loads_here_and_in_diffusers(folder):
         latents=latents,
         num_inference_steps=4,
         guidance_scale=4.0,
-        height=64,
-        width=64,
+        height=128,
+        width=128,
         output_type="latent",
     ).images
     ours = minip2p.generate(model, prompt, latents=latents, num_inference_steps=4).latents
