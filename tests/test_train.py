@@ -131,6 +131,31 @@ def test_word_maps_are_pulled_towards_the_masks():
     assert map_of_the_word[masks[0, 0] == 0].max() < 0.05
 
 
+def test_word_maps_are_left_to_themselves_at_the_end():
+    def weights(until: float) -> list[float]:
+        preset = replace(TINY, supervise=0.2, supervise_until=until)
+        return [train.supervision(preset, progress) for progress in (0, 0.25, 0.5, 0.75, 1)]
+
+    assert weights(1.0) == pytest.approx([0.2, 0.2, 0.2, 0.15, 0])  # as it always was
+    assert weights(0.5) == pytest.approx([0.2, 0.15, 0, 0, 0])
+    assert weights(1 / 3) == pytest.approx([0.2, 0.05, 0, 0, 0])
+
+
+def test_crops_are_squares_of_the_pictures():
+    """Each pixel holds where it is: what is cut out goes on without a gap, from anywhere."""
+    places = torch.arange(32)
+    picture = torch.stack(torch.broadcast_tensors(places[:, None], places, torch.tensor(7)), dim=-1)
+    pictures = picture.expand(5, 32, 32, 3).to(torch.uint8).numpy()
+    data = train.Data([sample(SMALL, seed) for seed in range(5)], pictures, pictures)
+    crops = data.crops(200, 8, torch.Generator().manual_seed(0))
+    rows, columns, blue = ((crops + 1) * 127.5).round().unbind(dim=1)
+    assert crops.shape == (200, 3, 8, 8) and (blue == 7).all()
+    assert (rows.diff(dim=1) == 1).all() and (rows.diff(dim=2) == 0).all()
+    assert (columns.diff(dim=2) == 1).all() and (columns.diff(dim=1) == 0).all()
+    corners = rows[:, 0, 0], columns[:, 0, 0]
+    assert all(c.min() == 0 and c.max() == 24 for c in corners)
+
+
 @pytest.mark.parametrize("world", [FULL, SMALL], ids=lambda world: world.name)
 def test_every_word_is_as_many_tokens_as_it_should_be(world, folder):
     tokenizer = text.load_tokenizer(folder / "tokenizer")

@@ -1,7 +1,7 @@
 """Train a small Stable Diffusion on the world, from nothing to a folder that minip2p.load() takes.
 
-    python -m world.train --out FOLDER                 two CPU cores: the small world, 64 px, f = 4
-    python -m world.train --preset full --out FOLDER   one GPU: the full world, 128 px, f = 8
+    python -m world.train --out FOLDER                 two CPU cores: the small world
+    python -m world.train --preset full --out FOLDER   one GPU: the full world
 
 Three stages, each of which goes on where it was when the command is given again: scenes are drawn,
 the VAE learns to write and read them, then UNet and text encoder learn to denoise together.
@@ -42,7 +42,7 @@ from minip2p.vae import VAE
 from . import scenes as world
 from .vocabulary import save_tokenizer
 
-LATENT = 16  # height and width of every latent: 64 px with f = 4, 128 px with f = 8
+LATENT = 16  # height and width of every latent
 HEADS = 4
 BRANCH = 0.25  # of a stage: the last part, in which the learning rate falls
 VALIDATION = 200_000  # first seed of scenes that are never trained on
@@ -67,6 +67,7 @@ class Preset:
     vae_rate: float = 2e-3
     rate: float = 1e-3
     supervise: float = 0.2  # weight of the loss on word maps; 0 leaves them to themselves
+    supervise_until: float = 1.0  # share of the samples after which they are left to themselves
     crop: int = 64  # pixels on each side of what the VAE sees most of the time
 
 
@@ -447,9 +448,9 @@ def train_unet(
         t = (t / share * 1000).long()[torch.randperm(share, generator=generator)]
         dropped = torch.rand(share, generator=generator) < 0.1  # for guidance (Ho & Salimans 2021)
         ids = torch.where(dropped[:, None], captions.empty, captions.ids[i]).to(device)
-        supervise = preset.supervise * min(1, (1 - progress) * 3)  # fades over the last third
+        supervise = supervision(preset, progress)
         columns = captions.columns[i].to(device)
-        maps = WordMaps(columns) if preset.supervise else None
+        maps = WordMaps(columns) if supervise else None
         with torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda"):
             context = text_encoder(input_ids=ids).last_hidden_state
             eps = unet(noised(z, noise, t), t.to(device), context, maps).float()
@@ -484,6 +485,11 @@ def train_unet(
     stage = Stage("unet", modules, loss, check, preset.samples, preset.batch, preset.rate)
     fit(stage, work)
     return unet, text_encoder
+
+
+def supervision(preset: Preset, progress: float) -> float:
+    """The weight of the loss on word maps: it fades over a third of the samples, to nothing."""
+    return preset.supervise * min(1.0, max(0.0, (preset.supervise_until - progress) * 3))
 
 
 def stored_latents(vae: VAE, data: Data, device: torch.device, work: Path) -> tuple[Tensor, Tensor]:
@@ -710,6 +716,9 @@ def main() -> None:
             f"--{field.replace('_', '-')}", type=int, help="instead of the preset's"
         )
     parser.add_argument("--supervise", type=float, help="weight of the loss on word maps")
+    parser.add_argument(
+        "--supervise-until", type=float, help="share of the samples after which it is nothing"
+    )
     parser.add_argument("--channels", type=int, nargs=4, help="of the UNet's levels")
     parser.add_argument("--port", type=int, default=29517, help="for processes to find each other")
     args = vars(parser.parse_args())
