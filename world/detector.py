@@ -37,7 +37,7 @@ from .scenes import COLORS, SMALL, WORLDS, Scene, World, adjectives, average
 
 FILE = Path(__file__).with_name("detector.safetensors")
 PIXELS, CELLS = 128, 16  # on each side
-FINE, SPOILT = 1.2, 3.5  # pixels that a thing's parts are moved: still it; no longer it
+FINE, SPOILT = 1.2, 2.5  # pixels that a thing's parts are moved: still it; no longer it
 CRISP, MUSH = 1.5, 3.0  # the same for the deviation of a blur
 TRAINING, CHECK = 300_000, 400_000  # first seeds; models are trained on those below 200,000
 LOOKS = ("", "painting", "sketch", "watercolour")  # "" is a photo, said or not
@@ -276,8 +276,10 @@ def spoil(x: Tensor, nouns: Tensor, rng: torch.Generator) -> tuple[Tensor, Tenso
 
     Places and looks stay. x: b 3 h w, nouns: b n 16 16, those that can be told → both
     """
-    bad = melted(x, amount(x, SPOILT, 2 * SPOILT, rng), rng)
-    fog = blurred(x, MUSH * (1 + float(torch.rand((), generator=rng))))
+    little, much = (float(torch.rand((), generator=rng)) for _ in range(2))
+    bad = melted(x, amount(x, SPOILT, 3 * SPOILT, rng), rng)
+    bad = blurred(bad, 0.8 + (CRISP - 0.3) * little)
+    fog = blurred(x, MUSH * (1 + much))
     bad = torch.where(torch.rand(len(x), 1, 1, 1, generator=rng) < 0.7, bad, fog)
     there = nouns.amax(dim=(2, 3))  # b n
     chosen = (there * (0.1 + torch.rand(there.shape, generator=rng))).argmax(dim=1)
@@ -292,7 +294,8 @@ def spoil(x: Tensor, nouns: Tensor, rng: torch.Generator) -> tuple[Tensor, Tenso
 def melted(x: Tensor, far: Tensor | float, rng: torch.Generator) -> Tensor:
     """Every part moved somewhere, by about `far` pixels, neighbours alike. x: b 3 h w"""
     b, _, h, w = x.shape
-    moves = far * 2 / w * torch.randn(b, 2, CELLS, CELLS, generator=rng)
+    grid = (12, 16, 24)[int(torch.randint(3, (), generator=rng))]
+    moves = far * 2 / w * torch.randn(b, 2, grid, grid, generator=rng)
     moves = F.interpolate(moves, (h, w), mode="bicubic").permute(0, 2, 3, 1)  # b h w 2
     still = F.affine_grid(torch.eye(2, 3).expand(b, 2, 3), [b, 1, h, w], align_corners=False)
     return F.grid_sample(x, still + moves, padding_mode="reflection", align_corners=False)
@@ -315,7 +318,7 @@ def blobs(x: Tensor) -> Tensor:
 # ---- Learning and checking -----------------------------------------------------------------------
 
 
-def train(detector: Detector, renders: Renders, steps: int, batch: int = 64) -> None:
+def train(detector: Detector, renders: Renders, steps: int, batch: int = 48) -> None:
     rng = torch.Generator().manual_seed(0)
     optimizer = torch.optim.AdamW(detector.parameters(), weight_decay=0.01)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 3e-3, total_steps=steps)
@@ -329,7 +332,7 @@ def train(detector: Detector, renders: Renders, steps: int, batch: int = 64) -> 
         )
         x = worsen(renders.pictures[rows] / 127.5 - 1, rng)
         hues = renders.hues[rows]
-        empty, spoilt = slice(batch // 8), slice(batch // 8, 3 * batch // 8)
+        empty, spoilt = slice(batch // 8), slice(batch // 8, batch // 2)
         x[empty], nouns[empty] = blobs(x[empty]), 0
         hues[empty] = places[empty] = looks[empty] = NONE
         x[spoilt], nouns[spoilt] = spoil(x[spoilt], nouns[spoilt], rng)
@@ -375,7 +378,10 @@ def check(detector: Detector, renders: Renders, pictures: Tensor | None = None) 
     x, rng = pictures / 127.5 - 1, torch.Generator().manual_seed(2)
     empty = detector.see(blobs(x))
     judged["blob taken for a thing"] = [bool(empty.shown(i)) for i in range(len(x))]
-    spoilt = {"smeared": melted(x, 1.5 * SPOILT, rng), "blurred": blurred(x, 1.5 * MUSH)}
+    spoilt = {
+        "smeared": blurred(melted(x, 1.5 * SPOILT, rng), 1.0),
+        "blurred": blurred(x, 1.5 * MUSH),
+    }
     for how, bad in spoilt.items():
         seen = detector.see(bad)
         judged[f"{how} thing seen"] = [
@@ -388,7 +394,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description="Train the detector that judges pictures.")
     parser.add_argument("--world", default=SMALL.name, choices=WORLDS)
     parser.add_argument("--renders", type=int, default=12_000)
-    parser.add_argument("--steps", type=int, default=1000)
+    parser.add_argument("--steps", type=int, default=2000)
     parser.add_argument("--reconstruct", metavar="FOLDER", help="a model whose VAE draws half")
     parser.add_argument("--before", type=Path, metavar="CHECKOUT", help="an earlier world, too")
     parser.add_argument("--out", type=Path, default=FILE)
