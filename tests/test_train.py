@@ -61,7 +61,7 @@ def line(steps: int, work: Path, fail_at: int | None = None) -> tuple[nn.Module,
     stage = train.Stage(
         "line", nn.ModuleDict({"line": module}), loss, lambda: {}, steps * 8, 8, rate=0.02
     )
-    train.fit(stage, work, minutes_between_checks=0)
+    train.fit(stage, work, minutes=0)
     return module, losses
 
 

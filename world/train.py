@@ -95,8 +95,12 @@ class Stage:
     rate: float
 
 
-def fit(stage: Stage, work: Path, minutes_between_checks: float = 4.0) -> None:
-    """Train until `samples` were seen, and leave the average of the weights over the last steps."""
+def fit(stage: Stage, work: Path, minutes: float = 4.0) -> None:
+    """Train until `samples` were seen, and leave the average of the weights over the last steps.
+
+    minutes: between checkpoints, by the clock; and between checks, of this process's own time, lest
+    a run that has to wait for others does little else.
+    """
     parameters = list(stage.modules.parameters())
     average = [p.detach().clone() for p in parameters]
     optimizer = torch.optim.AdamW(
@@ -110,60 +114,59 @@ def fit(stage: Stage, work: Path, minutes_between_checks: float = 4.0) -> None:
         average, step, seconds = saved["average"], saved["step"], saved["seconds"]
 
     steps = math.ceil(stage.samples / stage.batch)
-    log = Log(work / "log.csv", stage.name) if main_process() else None
-    bar = tqdm(total=steps, initial=step, desc=stage.name, disable=log is None)
-    sums: dict[str, list[float]] = {}
-    checked = time.monotonic()
-    start = checked - seconds
+    log = Log(work / "log.csv", stage, steps, step, seconds) if main_process() else None
+    kept, checked = time.monotonic(), time.process_time()
     while step < steps:
-        progress = step / steps
-        rate = stage.rate * min(1, (step + 1) / 100, (1 - progress) / BRANCH)
-        for group in optimizer.param_groups:
-            group["lr"] = rate
-        # A seed for each step and process: a run that was interrupted goes on as it would have.
-        seed = (step * processes() + rank()) * 2 + (stage.name == "unet")
-        losses = stage.loss(torch.Generator().manual_seed(seed), progress)
-        optimizer.zero_grad(set_to_none=True)
-        losses["loss"].backward()
-        share_gradients(parameters)
-        nn.utils.clip_grad_norm_(parameters, 1.0)
-        optimizer.step()
+        losses = take_step(stage, optimizer, parameters, step, step / steps)
         step += 1
         keep = min(0.999, (1 + step) / (10 + step))
         torch._foreach_lerp_(average, [p.detach() for p in parameters], 1 - keep)
-
-        bar.update()
-        for name, value in losses.items():
-            sums.setdefault(name, []).append(value.item())
-        if log and step % 50 == 0:
-            means = {name: sum(values) / len(values) for name, values in sums.items()}
-            log.write(step * stage.batch, time.monotonic() - start, means)
-            bar.set_postfix_str(" ".join(f"{k} {v:.4f}" for k, v in means.items()))
-            sums.clear()
-        # The first process keeps the time for all.
-        due = torch.tensor(float(time.monotonic() - checked > 60 * minutes_between_checks))
-        if step % 20 == 0 or step == steps:
-            if distributed():
-                dist.broadcast(due, src=0)
-            if due or step == steps:
-                if log:
-                    swap(parameters, average)
-                    found = stage.check()
-                    swap(parameters, average)
-                    log.write(step * stage.batch, time.monotonic() - start, found)
-                    tqdm.write(f"{stage.name} {step * stage.batch}: {found}")
-                    state = {
+        if log:
+            log.add(step, losses)
+        if (step % 20 == 0 or step == steps) and (
+            first_says(time.monotonic() - kept > 60 * minutes) or step == steps
+        ):
+            if log and (time.process_time() - checked > 60 * minutes or step == steps):
+                swap(parameters, average)
+                log.check(step, stage.check())
+                swap(parameters, average)
+                checked = time.process_time()
+            if log:
+                torch.save(
+                    {
                         "modules": stage.modules.state_dict(),
                         "optimizer": optimizer.state_dict(),
                         "average": average,
                         "step": step,
-                        "seconds": time.monotonic() - start,
-                    }
-                    torch.save(state, file.with_suffix(".tmp"))
-                    file.with_suffix(".tmp").replace(file)
-                checked = time.monotonic()
-    bar.close()
+                        "seconds": log.seconds(),
+                    },
+                    file.with_suffix(".tmp"),
+                )
+                file.with_suffix(".tmp").replace(file)
+            kept = time.monotonic()
     swap(parameters, average)
+
+
+def take_step(
+    stage: Stage,
+    optimizer: torch.optim.Optimizer,
+    parameters: list[nn.Parameter],
+    step: int,
+    progress: float,
+) -> dict[str, Tensor]:
+    """One step of AdamW with gradients of length 1 at most; what the stage's loss tells."""
+    rate = stage.rate * min(1, (step + 1) / 100, (1 - progress) / BRANCH)
+    for group in optimizer.param_groups:
+        group["lr"] = rate
+    # A seed for each step and process: a run that was interrupted goes on as it would have.
+    seed = (step * processes() + rank()) * 2 + (stage.name == "unet")
+    losses = stage.loss(torch.Generator().manual_seed(seed), progress)
+    optimizer.zero_grad(set_to_none=True)
+    losses["loss"].backward()
+    share_gradients(parameters)
+    nn.utils.clip_grad_norm_(parameters, 1.0)
+    optimizer.step()
+    return losses
 
 
 @torch.no_grad()
@@ -190,6 +193,14 @@ def main_process() -> bool:
     return rank() == 0
 
 
+def first_says(answer: bool) -> bool:
+    """The first process's answer, in all: it keeps the time."""
+    told = torch.tensor(float(answer))
+    if distributed():
+        dist.broadcast(told, src=0)
+    return bool(told)
+
+
 def share_gradients(parameters: list[nn.Parameter]) -> None:
     """Every process gets the mean of all processes' gradients."""
     if not distributed():
@@ -203,16 +214,37 @@ def share_gradients(parameters: list[nn.Parameter]) -> None:
 
 
 class Log:
-    """Rows of stage, samples seen, seconds, name of a number, the number."""
+    """Rows of stage, samples seen, seconds, name of a number, the number; and a progress bar."""
 
-    def __init__(self, path: Path, stage: str):
+    def __init__(self, path: Path, stage: Stage, steps: int, step: int, seconds: float):
         self.path, self.stage = path, stage
+        self.start = time.monotonic() - seconds
+        self.bar = tqdm(total=steps, initial=step, desc=stage.name, mininterval=5)
+        self.sums: dict[str, list[float]] = {}
 
-    def write(self, seen: int, seconds: float, numbers: dict[str, float]) -> None:
+    def seconds(self) -> float:
+        return time.monotonic() - self.start
+
+    def add(self, step: int, losses: dict[str, Tensor]) -> None:
+        """Note the numbers of a step; every 50 their means are written."""
+        self.bar.update()
+        for name, value in losses.items():
+            self.sums.setdefault(name, []).append(value.item())
+        if step % 50 == 0:
+            means = {name: sum(values) / len(values) for name, values in self.sums.items()}
+            self.write(step, means)
+            self.bar.set_postfix_str(" ".join(f"{k} {v:.4f}" for k, v in means.items()))
+            self.sums.clear()
+
+    def check(self, step: int, found: dict[str, float]) -> None:
+        self.write(step, found)
+        tqdm.write(f"{self.stage.name} {step * self.stage.batch}: {found}")
+
+    def write(self, step: int, numbers: dict[str, float]) -> None:
+        seen, seconds = step * self.stage.batch, f"{self.seconds():.0f}"
         with self.path.open("a", newline="") as file:
             for name, value in numbers.items():
-                row = [self.stage, seen, f"{seconds:.0f}", name, f"{value:.6g}"]
-                csv.writer(file).writerow(row)
+                csv.writer(file).writerow([self.stage.name, seen, seconds, name, f"{value:.6g}"])
 
 
 # ---- Scenes --------------------------------------------------------------------------------------
