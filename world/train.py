@@ -344,7 +344,7 @@ def train_vae(preset: Preset, data: Data, unseen: Data, device: torch.device, wo
         save_grid(pairs, 8, work / "vae.png")
         return {"psnr": psnr(x, y).mean().item()}
 
-    # The few crops with strong colours have the long gradients: shortened to 1 they count too little.
+    # Few crops have strong colours and long gradients: shortened to 1 they would count too little.
     stage = Stage("vae", nn.ModuleDict({"vae": vae}), loss, check, preset.vae_samples,
                   preset.vae_batch, preset.vae_rate, longest=10.0)  # fmt: skip
     fit(stage, work)
