@@ -43,6 +43,7 @@ TRAINING, CHECK = 300_000, 400_000  # first seeds; models are trained on those b
 LOOKS = ("", "painting", "sketch", "watercolour")  # "" is a photo, said or not
 HUES = ("natural", *COLORS)
 BY_NATURE = {"car": "red", "motorcycle": "red", "sofa": "blue", "tractor": "green"}
+SURE = 0.9  # presence above which a thing is there; 97 of 100 in renders are
 NONE = -100  # the class that cross_entropy leaves out
 
 
@@ -136,13 +137,13 @@ class Seen:
 
     nouns: tuple[str, ...]
     cells: Tensor  # b n 16 16: the probability that a cell shows a noun
-    presence: Tensor  # b n: the mean of a noun's four most probable cells; above 0.5 it is there
+    presence: Tensor  # b n: the mean of a noun's four most probable cells; above SURE it is there
     hues: Tensor  # b 4 16 16
     places: list[str]
     looks: list[str]
 
     def shows(self, picture: int, noun: str) -> bool:
-        return bool(self.presence[picture, self.nouns.index(noun)] > 0.5)
+        return bool(self.presence[picture, self.nouns.index(noun)] > SURE)
 
     def shown(self, picture: int) -> list[str]:
         return [noun for noun in self.nouns if self.shows(picture, noun)]
@@ -272,9 +273,9 @@ def worsen(x: Tensor, rng: torch.Generator) -> Tensor:
 
 
 def spoil(x: Tensor, nouns: Tensor, rng: torch.Generator) -> tuple[Tensor, Tensor]:
-    """Smear or blur all things of the first half of the pictures, one thing of the others.
+    """Smear or blur the first half of the pictures wholly, of the others one thing.
 
-    Places and looks stay. x: b 3 h w, nouns: b n 16 16, those that can be told → both
+    Places and looks can still be told. x: b 3 h w, nouns: b n 16 16, those that can be told → both
     """
     little, much = (float(torch.rand((), generator=rng)) for _ in range(2))
     bad = melted(x, amount(x, SPOILT, 3 * SPOILT, rng), rng)
@@ -288,6 +289,7 @@ def spoil(x: Tensor, nouns: Tensor, rng: torch.Generator) -> tuple[Tensor, Tenso
     region = (nouns * hit[:, :, None, None]).amax(dim=1, keepdim=True)  # b 1 16 16
     region = F.max_pool2d(region, 3, stride=1, padding=1)
     soft = F.interpolate(region, x.shape[2:], mode="bilinear")
+    soft[: len(x) // 2] = 1
     return x.lerp(bad, soft), nouns * (1 - hit)[:, :, None, None]
 
 
@@ -397,11 +399,14 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--steps", type=int, default=2000)
     parser.add_argument("--reconstruct", metavar="FOLDER", help="a model whose VAE draws half")
     parser.add_argument("--before", type=Path, metavar="CHECKOUT", help="an earlier world, too")
+    parser.add_argument("--on", type=Path, metavar="FILE", help="a detector that learns on")
     parser.add_argument("--out", type=Path, default=FILE)
     given = parser.parse_args(arguments)
 
     torch.manual_seed(0)
     detector = Detector(WORLDS[given.world])
+    if given.on:
+        detector.load_state_dict(load(given.on).state_dict())
     print(f"{sum(p.numel() for p in detector.parameters()):,} parameters")
     n = given.renders // 2 if given.before else given.renders
     renders = render(detector, range(TRAINING, TRAINING + n))
