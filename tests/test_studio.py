@@ -16,6 +16,7 @@ import time
 import urllib.error
 import urllib.request
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -43,8 +44,9 @@ def model() -> minip2p.StableDiffusion:
 
 
 @pytest.fixture(scope="module")
-def studio(model: minip2p.StableDiffusion) -> Studio:
-    return Studio(model, {})
+def studio(model: minip2p.StableDiffusion) -> Iterator[Studio]:
+    with ThreadPoolExecutor(1) as hand:
+        yield Studio(model, {}, hand)
 
 
 # --- what the widgets mean -----------------------------------------------------------------------
@@ -140,7 +142,7 @@ def test_the_copies_repeat_the_pictures_to_the_bit(
     prompt, edited, said, picture = WISHES[name]
     numbers = NUMBERS | {"seed": 7}
     wish = make_wish(studio.model, prompt, edited, numbers, said, picture and str(picture))
-    made, _ = studio.draw(wish, Visitor(), 0)
+    made = studio.draw(wish, Visitor(), 0).result
     monkeypatch.chdir(tmp_path)
     if picture:
         (tmp_path / "bird.png").write_bytes(picture.read_bytes())
@@ -234,15 +236,19 @@ def test_who_waits_for_a_turn_leaves_when_out_of_date(studio: Studio):
         except OutdatedError as error:
             outcomes[name] = error
 
-    with studio.free:
+    busy = threading.Event()
+    studio.hand.submit(busy.wait, 60)
+    try:
         threads = {name: threading.Thread(target=draw, args=(name,)) for name in visitors}
         for thread in threads.values():
             thread.start()
         visitors["leaves"].sent = 1.0
         threads["leaves"].join(timeout=10)
         assert isinstance(outcomes["leaves"], OutdatedError) and "stays" not in outcomes
+    finally:
+        busy.set()
     threads["stays"].join(timeout=60)
-    assert isinstance(outcomes["stays"][0], minip2p.Result)
+    assert isinstance(outcomes["stays"].result, minip2p.Result)
 
 
 def test_answers(studio: Studio):
