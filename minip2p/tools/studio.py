@@ -93,7 +93,7 @@ class Studio:
             with warnings.catch_warnings(record=True) as heard:
                 warnings.simplefilter("always", UserWarning)
                 warn_unknown_words(self.model, wish.prompts)
-                asked = {"source": self.source(wish, visitor), "store": PageStore()}
+                asked: dict[str, Any] = {"source": self.source(wish, visitor), "store": PageStore()}
                 result = generate(self.model, **wish.settings(), **asked)
         finally:
             watch.remove()
