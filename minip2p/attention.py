@@ -92,11 +92,6 @@ class Mix:
     # time, with M̂ as it is before the scale: a word that is silenced can still be found.
     reads: tuple[tuple[Tensor, Callable[[Tensor], None]], ...] = ()
 
-    @property
-    def only_reads(self) -> bool:
-        """Whether every row keeps its own map."""
-        return self.look is None and self.scale is None
-
     def __call__(self, probs: Tensor) -> Tensor:
         """The definition, on maps that are written down. probs: rows i q k → rows i q k"""
         if self.look is not None:

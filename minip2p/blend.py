@@ -1,6 +1,4 @@
-"""LocalBlend: where nothing looks at the given words, the source stays.
-
-Hertz et al. 2022, section 4, "local editing".
+"""LocalBlend: where nothing looks at the given words, the source stays (Hertz et al. 2022, 4).
 
 Shapes:  b prompts, row 0 the source · k 77 tokens · q pixels of the coarse feature map ·
          h w height and width of the latents
@@ -34,7 +32,7 @@ class LocalBlend:
     words: of the source or the edited prompt; each stands for its counterpart in the other, too.
     start: the fraction of the UNet calls after which blending starts.
     subtract: words whose places are taken out of the mask.
-    mask: your own mask instead of `words`, h w, of latent or picture pixels: see `read_mask`.
+    mask: your own instead of `words`, h w, black where the source stays: see mask.py.
     """
 
     words: str | Sequence[str] = ()

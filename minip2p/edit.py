@@ -51,8 +51,7 @@ class PromptEdit:
     """What WordSwap and Refine share. By itself, "auto": whichever of the two fits the prompts.
 
     cross_replace_steps: the window in which cross-attention is replaced: a fraction of the UNet
-    calls, a (start, end) pair, or a dict from words to either, with "default_" for all other
-    tokens.
+    calls, a (start, end) pair, or a dict from words to either, with "default_" for all others.
     self_replace_steps: the window in which coarse self-attention, the layout, is the source's.
     None takes the model's own recommendation, else 0.8 and 0.4.
     For an alignment of your own, override `align`.
@@ -76,8 +75,7 @@ class PromptEdit:
 class WordSwap(PromptEdit):
     """Exchange words: the edited picture looks at its words where the source looked at theirs.
 
-    Needs as many words in both prompts (Hertz et al. 2022, section 3.2, "word swap"); for the
-    windows see PromptEdit.
+    Needs as many words in both prompts (Hertz et al. 2022, section 3.2, "word swap").
     """
 
     def align(self, source: Prompt, target: Prompt) -> Alignment:
@@ -88,7 +86,7 @@ class WordSwap(PromptEdit):
 class Refine(PromptEdit):
     """Add or remove words: tokens that both prompts share are looked at where the source's were.
 
-    (Hertz et al. 2022, section 3.2, "adding a new phrase"); for the windows see PromptEdit.
+    (Hertz et al. 2022, section 3.2, "adding a new phrase").
     """
 
     def align(self, source: Prompt, target: Prompt) -> Alignment:
@@ -100,8 +98,7 @@ class Reweight:
     """Turn words up or down: each one's column of the attention map is multiplied by its weight.
 
     weights: from words to factors; 0 silences a word, a negative one pushes away from it. Maps are
-    not renormalised, as in the paper's code (Hertz et al. 2022, section 3.2, "attention
-    re-weighting").
+    not renormalised (Hertz et al. 2022, section 3.2, "attention re-weighting", and their code).
     edit: the edit it comes on top of. To weigh a prompt against itself, give the same prompt twice.
     everywhere: the weights act at every UNet call; with False only while the word is in its window
     of `cross_replace_steps`, as in the paper's code.
@@ -151,11 +148,10 @@ class PromptToPrompt(Edit):
         # In a copy that at() makes, what its call needs: see there.
         self.cross: Mix | None = None
         self.layout: Mix | None = None
-        self.blending: list[Blend] = []
-        self.is_last = False
+        self.call, self.calls = 0, 0
 
     def at(self, call: int, calls: int) -> Edit:
-        """A copy of it that knows the linear maps of this call, and the blends that have begun."""
+        """A copy of it that knows this call, and its linear maps."""
 
         def inside(windows: Tensor) -> Tensor:
             first, end = bounds(windows, calls).unbind(-1)
@@ -172,8 +168,7 @@ class PromptToPrompt(Edit):
             self.made[state] = cross, Mix(len(rows), look) if layout.any() else None
         now = copy.copy(self)
         now.cross, now.layout = self.made[state]
-        now.blending = [b for b in self.blends if call in calls_of((b.spec.start, 1.0), calls)]
-        now.is_last = call == calls - 1
+        now.call, now.calls = call, calls
         return now
 
     def wants(self, site: Site) -> bool:
@@ -189,8 +184,9 @@ class PromptToPrompt(Edit):
         return replace(self.cross or Mix(), reads=reads) if reads else self.cross
 
     def blend(self, latents: Tensor) -> Tensor:
-        for blend in self.blending:
-            latents = blend(latents, self.is_last)
+        for blend in self.blends:
+            if self.call in calls_of((blend.spec.start, 1.0), self.calls):
+                latents = blend(latents, is_last=self.call == self.calls - 1)
         return latents
 
 

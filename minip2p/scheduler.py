@@ -14,8 +14,7 @@ import torch
 from torch import Tensor
 
 from .check import check, is_number
-
-SPACINGS = ("leading", "trailing", "linspace")
+from .spacing import spaced
 
 
 def alpha_bars(
@@ -26,35 +25,11 @@ def alpha_bars(
     return torch.cumprod(1 - betas, dim=0)
 
 
-def spaced(steps: int, spacing: str, num_train_timesteps: int, steps_offset: int) -> list[int]:
-    """Which training timesteps a run visits, noisiest first (Lin et al. 2024, table 2).
-
-    leading: equal strides up from `steps_offset`, as SD has it, which leave out the noisiest.
-    trailing: down from the noisiest, which suits few steps. linspace: from the noisiest to 0.
-    """
-    n = num_train_timesteps
-    check(1 <= steps < n, f"The number of steps must be from 1 to {n - 1}, not {steps}.")
-    names = ", ".join(SPACINGS)
-    check(spacing in SPACINGS, f"The spacing of timesteps is one of {names}, not {spacing!r}.")
-    if spacing == "leading":
-        timesteps = [i * (n // steps) + steps_offset for i in reversed(range(steps))]
-    elif spacing == "trailing":  # in numpy's arithmetic: halves are to fall on the same side
-        stride = (n - n / steps) - n
-        timesteps = [round(n + i * stride) - 1 for i in range(steps)]
-    else:
-        stride = (n - 1) / max(steps - 1, 1)
-        timesteps = [round(i * stride) for i in reversed(range(steps))]
-    within = timesteps[-1] >= 0 and timesteps[0] < n
-    check(within, f"With steps_offset {steps_offset} the run would leave timesteps 0 to {n - 1}.")
-    return timesteps
-
-
 class DDIM:
     """Guess the clean latent, then noise it again to the next level (Song et al. 2021, eq. 12).
 
-    `eta` 0 is deterministic, 1 draws as much new noise as DDPM. The noise is one (1, 4, h, w)
-    sample of `generator` for all images of the batch, so that a source and its edits stay
-    comparable.
+    `eta` 0 is deterministic, 1 draws as much new noise as DDPM: one (1, 4, h, w) sample of
+    `generator` for all images of the batch, so that a source and its edits stay comparable.
     `timestep_spacing` is "leading", "trailing" or "linspace", and the step from t goes to
     t - num_train_timesteps // steps in each, as in diffusers.
     Raises ValueError for steps that are not within 1 to num_train_timesteps - 1, and the like.
@@ -125,8 +100,7 @@ class PNDM(DDIM):
 
     def __init__(self, steps: int = 50, **settings: Any):
         super().__init__(steps, **settings)
-        if self.eta:
-            raise ValueError(f"PNDM draws no noise: use DDIM for eta {self.eta}.")
+        check(not self.eta, f"PNDM draws no noise: use DDIM for eta {self.eta}.")
         self.timesteps[1:1] = self.timesteps[1:2]  # 981, 961, 961, 941, …
         self.history: list[Tensor] = []  # predictions, newest first, at most four
         self.first_x: Tensor | None = None  # x_T, kept from the first call for the second

@@ -1,7 +1,6 @@
 """A prompt becomes tokens that know their place in it, and the tokens become the UNet's context.
 
-The text encoder and the tokenizer are transformers' CLIP (Radford et al. 2021): weights/clip.py
-loads them.
+Text encoder and tokenizer are transformers' CLIP (Radford et al. 2021), by weights/clip.py.
 """
 
 from __future__ import annotations

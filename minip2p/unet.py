@@ -7,6 +7,7 @@ Shapes:  b batch · c channels · h w height and width of a feature map · d wid
 """
 
 import math
+from collections import OrderedDict
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -35,14 +36,9 @@ def timestep_embedding(t: Tensor, d: int) -> Tensor:
     return torch.cat([angles.cos(), angles.sin()], dim=-1)
 
 
-class TimeEmbedding(nn.Module):
-    def __init__(self, d: int, d_time: int):
-        super().__init__()
-        self.linear_1 = nn.Linear(d, d_time)
-        self.linear_2 = nn.Linear(d_time, d_time)
-
-    def forward(self, t: Tensor) -> Tensor:
-        return self.linear_2(F.silu(self.linear_1(t)))
+def named(**modules: nn.Module) -> nn.Sequential:
+    """One after the other, under the names that their keys have in the checkpoint."""
+    return nn.Sequential(OrderedDict(modules))
 
 
 class ResnetBlock(nn.Module):
@@ -122,15 +118,6 @@ class Transformer2D(nn.Module):
         return x + self.proj_out(pixels.permute(0, 3, 1, 2))
 
 
-class Downsample(nn.Module):
-    def __init__(self, c: int):
-        super().__init__()
-        self.conv = nn.Conv2d(c, c, 3, stride=2, padding=1)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.conv(x)
-
-
 class Upsample(nn.Module):
     def __init__(self, c: int):
         super().__init__()
@@ -147,7 +134,8 @@ class DownBlock(nn.Module):
         super().__init__()
         self.resnets = nn.ModuleList(ResnetBlock(c_in, c, dims) for c_in in c_ins)
         self.attentions = nn.ModuleList(Transformer2D(c, dims) for _ in c_ins if attend)
-        self.downsamplers = nn.ModuleList([Downsample(c)] if resample else [])
+        halve = named(conv=nn.Conv2d(c, c, 3, stride=2, padding=1))
+        self.downsamplers = nn.ModuleList([halve] if resample else [])
 
     def forward(
         self, x: Tensor, skips: list[Tensor], temb: Tensor, context: Context, edit: Edit | None
@@ -219,7 +207,8 @@ class UNet(nn.Module):
         dims = Dims(4 * c, cross_attention_dim, heads, norm_num_groups)
         self.levels = coarsest  # that attend: all but the coarsest
 
-        self.time_embedding = TimeEmbedding(c, dims.time)
+        first, second = nn.Linear(c, dims.time), nn.Linear(dims.time, dims.time)
+        self.time_embedding = named(linear_1=first, act=nn.SiLU(), linear_2=second)
         self.conv_in = nn.Conv2d(4, c, 3, padding=1)
 
         # These loops push and pop channel counts where forward() pushes and pops feature maps.

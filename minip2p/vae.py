@@ -2,8 +2,7 @@
 
 Module names are those of the published SD 1.x files, so that they load with strict=True.
 
-Shapes:  b batch · c channels · h w height and width of a feature map ·
-         f picture pixels per latent pixel, 8 in SD 1.x
+Shapes:  b batch · c channels · h w of a feature map · f picture pixels a latent pixel, 8 in SD 1.x
 """
 
 from collections.abc import Sequence
@@ -167,8 +166,7 @@ class VAE(nn.Module):
     def encode(self, images: Tensor, generator: torch.Generator | None = None) -> Tensor:
         """images in [-1, 1]: b 3 f·h f·w → latents: b 4 h w
 
-        The mean of the posterior; with a `generator`, a sample of it (Kingma & Welling 2014, eq.
-        9).
+        The mean of the posterior; with a `generator`, a sample (Kingma & Welling 2014, eq. 9).
         """
         mean, log_variance = self.quant_conv(self.encoder(images)).chunk(2, dim=1)
         if generator is not None:

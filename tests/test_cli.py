@@ -1175,7 +1175,7 @@ def test_help_and_mistakes_come_without_transformers(tmp_path: Path):
 
 
 ORDER = (  # each imports none that comes after it; what is read comes before what is used
-    *("check", "scheduler", "words", "align", "attention", "unet", "vae", "text"),
+    *("check", "spacing", "scheduler", "words", "align", "attention", "unet", "vae", "text"),
     *("mask", "blend", "edit", "saved", "store"),
     *("weights.files", "weights.ema", "weights.build", "weights.schedule", "weights.clip"),
     *("weights.folder", "weights.single_file", "weights.hub", "weights"),
