@@ -39,7 +39,7 @@ from .align import (
     token_windows,
     window,
 )
-from .attention import Device, Edit, Mix, Site, Size
+from .attention import Device, Edit, Mix, Site, Size, Taken
 from .blend import Blend, LocalBlend
 from .check import check, describe, is_number
 
@@ -163,9 +163,7 @@ class PromptToPrompt(Edit):
             taken = alpha * self.exists  # a α
             weights = self.weights.where(alpha | self.everywhere, 1)
             cross = as_mix(self.mapper * taken[:, None], 1 - taken, weights, self.device)
-            rows = torch.arange(len(layout))
-            look = rows.where(~layout, 0).to(self.device)
-            self.made[state] = cross, Mix(len(rows), look) if layout.any() else None
+            self.made[state] = cross, Mix(looks(layout, self.device)) if layout.any() else None
         now = copy.copy(self)
         now.cross, now.layout = self.made[state]
         now.call, now.calls = call, calls
@@ -193,28 +191,34 @@ class PromptToPrompt(Edit):
 def as_mix(source: Tensor, own: Tensor, weights: Tensor, device: Device) -> Mix | None:
     """M̂_r = (M_0 source_r + M_r diag(own_r)) diag(weights_r) of every row; None: all as they are.
 
-    source: b k k. own, weights: b k. A row's own map comes first, then what it takes from the
-    source. Maps that are used as they are, as the source's own, get no matrix: it costs time, and
-    TF32 would round a product with an identity.
+    source: b k k. own, weights: b k. Maps that are used as they are, as the source's own, get no
+    matrix: it costs time, and TF32 would round a product with an identity.
     """
-    rows, identity = torch.arange(len(own)), torch.eye(own.shape[1])
-    scale = None if (weights == 1).all() else weights.to(device)
     takes, keeps = source.flatten(1).any(dim=1), own.any(dim=1)
-    if not takes.any() and (own == 1).all():
-        return None if scale is None else Mix(len(rows), scale=scale)
-    only, both = takes & ~keeps, rows[takes & keeps]
-    first = own.diag_embed().where(~only[:, None, None], source)
-    same = (first == identity).flatten(1).all(dim=1)
-    to = torch.cat([rows[same], rows[~same], both])
-    look = torch.cat([rows.where(~only, 0)[to[: len(rows)]], 0 * both])
-    matrices = torch.cat([first[~same], source[both]])
-    return Mix(
-        len(rows),
-        look.to(device),
-        None if to.equal(rows) else to.to(device),
-        matrices.to(device) if len(matrices) else None,
-        scale,
+    only, same = takes & ~keeps, (source == torch.eye(own.shape[1])).flatten(1).all(dim=1)
+    own = own.where(~only[:, None], 1)
+
+    def taken(rows: Tensor) -> Taken | None:
+        numbers = rows.nonzero()[:, 0].tolist()
+        return Taken(numbers, source[rows].to(device)) if numbers else None
+
+    mix = Mix(
+        looks(only, device) if only.any() else None,
+        taken(only & ~same),
+        None if (own == 1).all() else own.to(device),
+        taken(takes & keeps),
+        None if (weights == 1).all() else weights.to(device),
     )
+    return None if mix.keeps_maps else mix
+
+
+def looks(at_source: Tensor, device: Device) -> Tensor:
+    """Whose map b rows look through, the source's or their own; b blank rows after them, their own.
+
+    at_source: b, bool → 2·b
+    """
+    rows = torch.arange(2 * len(at_source))
+    return rows.where(~torch.cat([at_source, at_source.new_zeros(len(at_source))]), 0).to(device)
 
 
 # --- from the one to the other -------------------------------------------------------------------

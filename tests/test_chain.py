@@ -134,8 +134,9 @@ def test_rows_that_keep_their_map_are_in_no_product(model):
     source, own, ones = torch.zeros(rows, k, k), torch.ones(rows, k), torch.ones(rows, k)
     source[1], own[1, :5] = torch.eye(k), 0  # row 1 is edited, between rows that are not
     mix = as_mix(source, own, ones, "cpu")
-    assert mix is not None and mix.matrices is not None
-    ruined = replace(mix, matrices=torch.full_like(mix.matrices, torch.nan))
+    assert mix is not None and mix.also is not None and mix.only is None
+    nans = torch.full_like(mix.also.matrices, torch.nan)
+    ruined = replace(mix, also=mix.also._replace(matrices=nans))
     q, v = torch.randn(rows + 2, 2, 16, 8), torch.randn(rows + 2, 2, k, 8)
     keys = torch.randn(rows + 2, 2, k, 8)
     plain = torch.nn.functional.scaled_dot_product_attention(q, keys, v)

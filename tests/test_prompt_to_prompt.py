@@ -18,7 +18,7 @@ from torch import Tensor
 
 import minip2p
 from minip2p import Chain, LocalBlend, Refine, Reweight, WordSwap
-from minip2p.attention import Attention, Guided, Mix
+from minip2p.attention import Attention, Guided, Mix, Taken
 from minip2p.edit import bind
 from minip2p.settings import coarse_size
 from minip2p.text import encode, tokenize
@@ -1142,7 +1142,8 @@ def test_a_hook_may_be_a_linear_map_with_guidance(model, plain, is_cross):
 
         def mix(self, site):
             keys = 77 if is_cross else site.height * site.width
-            rows = torch.arange(2)
-            return Mix(2, rows, rows, torch.eye(keys)[None]) if is_cross else Mix(2, rows)
+            rows = torch.arange(4)  # of both prompts and both blanks
+            taken = Taken([1], torch.eye(keys)[None]) if is_cross else None
+            return Mix(rows, taken)
 
     assert difference(generate(model, [SQUIRREL, LION], Same()).latents, plain.latents) < 1e-5
