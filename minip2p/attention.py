@@ -88,10 +88,7 @@ class Taken(NamedTuple):
 
 @dataclass(frozen=True)
 class Mix:
-    """An edit as a linear map on the source's map M_0 and a row's own map M_r, for each row r.
-
-    M̂_r = (M_look[r] diag(o_r) + M_0 S_r) diag(w_r)
-    """
+    """An edit as a linear map: M̂_r = (M_look[r] diag(o_r) + M_0 S_r) diag(w_r) for each row r."""
 
     look: Tensor | None = None  # of every row and of as many blank ones after them; None: own maps
     only: Taken | None = None  # rows that look through M_0 alone, and not as it is: M_0 S_r
@@ -101,12 +98,6 @@ class Mix:
     # (columns: rows k c, add) pairs: add(M̂ @ columns: rows q c, mean over heads) is called each
     # time, with M̂ as it is before the scale: a word that is silenced can still be found.
     reads: tuple[tuple[Tensor, Callable[[Tensor], None]], ...] = ()
-
-    @property
-    def keeps_maps(self) -> bool:
-        """Whether every row keeps its own map: it only reads."""
-        parts = self.look, self.only, self.own, self.also, self.scale
-        return all(part is None for part in parts)
 
     def __call__(self, probs: Tensor) -> Tensor:
         """The definition, on maps that are written down. probs: rows i q k → rows i q k"""
@@ -124,9 +115,7 @@ class Mix:
         return mixed if self.scale is None else mixed * self.scale[:, None, None].to(probs.dtype)
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        """self(maps of q and k) @ v, without the maps: attention is linear in its values,
-
-            (M S diag(w)) V = M (S (diag(w) V))
+        """self(maps of q and k) @ v, without the maps: (M S diag(w)) V = M (S (diag(w) V))
 
         q: b i q d. k, v: b i k d → b i q d
         """
@@ -151,13 +140,12 @@ class Mix:
         """Hand out M̂ @ columns: the sum of some columns of a map is one more value to attend to."""
         q, k, unscaled = precise(q), precise(k), replace(self, scale=None)
         for columns, add in self.reads:
-            maps = []
+            maps, rows = [], len(columns)
             for some in columns.split(q.shape[-1], dim=-1):  # rows k c, with c <= d
-                c = some.shape[-1]
                 values = torch.zeros_like(k)  # as wide as k: the fast kernels ask for it
-                values[: len(some), ..., :c] = some[:, None]
+                values[:rows, ..., : some.shape[-1]] = some[:, None]
                 out = unscaled.attend(q, k, values)
-                maps.append(out[: len(some), ..., :c].mean(dim=1))
+                maps.append(out[:rows, ..., : some.shape[-1]].mean(dim=1))
             add(torch.cat(maps, dim=-1))
 
 

@@ -145,8 +145,7 @@ class PromptToPrompt(Edit):
         self.everywhere = torch.zeros(b, 1, dtype=torch.bool)  # weights outside of windows, too
         self.blends: list[Blend] = []
         self.made: dict[bytes, tuple[Mix | None, Mix | None]] = {}
-        # In a copy that at() makes, what its call needs: see there.
-        self.cross: Mix | None = None
+        self.cross: Mix | None = None  # this and what follows: of a call, in a copy that at() makes
         self.layout: Mix | None = None
         self.call, self.calls = 0, 0
 
@@ -209,16 +208,14 @@ def as_mix(source: Tensor, own: Tensor, weights: Tensor, device: Device) -> Mix 
         taken(takes & keeps),
         None if (weights == 1).all() else weights.to(device),
     )
-    return None if mix.keeps_maps else mix
+    return None if mix == Mix() else mix
 
 
 def looks(at_source: Tensor, device: Device) -> Tensor:
-    """Whose map b rows look through, the source's or their own; b blank rows after them, their own.
-
-    at_source: b, bool → 2·b
-    """
+    """Whose map rows look through, and as many blank ones after them. at_source: b, bool → 2·b"""
     rows = torch.arange(2 * len(at_source))
-    return rows.where(~torch.cat([at_source, at_source.new_zeros(len(at_source))]), 0).to(device)
+    rows[: len(at_source)][at_source] = 0
+    return rows.to(device)
 
 
 # --- from the one to the other -------------------------------------------------------------------
@@ -231,7 +228,7 @@ def bind(
     latent_size: Size,
     coarse: Size,
     device: Device = "cpu",
-    defaults: Mapping[str, Any] | None = None,
+    defaults: dict[str, Any] | None = None,
 ) -> Edit | None:
     """Tie an edit to the prompts of a run. Every word is found, and every mistake, here.
 
@@ -249,11 +246,11 @@ def bind(
         if one is None:
             continue
         # An edit that several prompts share may name words of any of them.
-        sharing = [source, *(t for t, other in zip(targets, edits, strict=True) if other is one)]
-        alignment = fill_row(bound, r, one, sharing, defaults or {})
+        shared = [source, *(t for t, other in zip(targets, edits, strict=True) if other is one)]
+        alignment = fill_row(bound, r, one, shared, defaults or {})
         blend = (one.edit if isinstance(one, Reweight) else one).local_blend
         if blend:
-            check_words([*blend.words, *blend.subtract], sharing)
+            check_words([*blend.words, *blend.subtract], shared)
             bound.blends.append(Blend(blend, r, prompts, alignment, latent_size, coarse, device))
     return bound
 
@@ -280,13 +277,9 @@ def one_each(edit: Any, n: int) -> Sequence[OfPrompt]:
 
 
 def fill_row(
-    bound: PromptToPrompt,
-    r: int,
-    edit: PromptEdit | Reweight,
-    sharing: Sequence[Prompt],
-    defaults: Mapping[str, Any],
+    bound: PromptToPrompt, r: int, edit: PromptEdit | Reweight, shared: list[Prompt], defaults: dict
 ) -> Alignment:
-    """Write the edit of prompt r into its row. sharing: the source and all prompts it is for."""
+    """Write the edit of prompt r into its row. shared: the source and all prompts it is for."""
     weights: Mapping[str, float] = {}
     if isinstance(edit, Reweight):
         bound.everywhere[r] = edit.everywhere
@@ -298,10 +291,10 @@ def fill_row(
     source, target = bound.prompts[0], bound.prompts[r]
     of_windows = [w for w in cross if w != DEFAULT] if isinstance(cross, Mapping) else []
     named = [*of_windows, *weights]
-    check_words(named, sharing)
+    check_words(named, shared)
     for word in named:
         check(
-            any(edit.align(source, t).carry(word, source, t)[1] for t in sharing[1:]),
+            any(edit.align(source, t).carry(word, source, t)[1] for t in shared[1:]),
             f"The word {word!r} is in the source prompt alone and nothing takes its place: "
             f"name a word of {target.text!r}.",
         )

@@ -125,8 +125,7 @@ def generate(
     tokens, bound = settings.bind_to(model, prompts, edit, (h, w))
     kept = AttentionStore() if store is True else store or None
     if kept is not None:
-        coarse = settings.coarse_size(h, w, model.unet.levels)
-        kept.begin(tokens, coarse, model.device)
+        kept.begin(tokens, settings.coarse_size(h, w, model.unet.levels), model.device)
     follow = None if source is None else source.follow()
     order = [kept, bound] if kept is not None and kept.before_edit else [bound, kept]
     hook = Chain(one for one in [follow, *order] if one is not None)

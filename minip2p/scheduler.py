@@ -30,8 +30,7 @@ class DDIM:
 
     `eta` 0 is deterministic, 1 draws as much new noise as DDPM: one (1, 4, h, w) sample of
     `generator` for all images of the batch, so that a source and its edits stay comparable.
-    `timestep_spacing` is "leading", "trailing" or "linspace", and the step from t goes to
-    t - num_train_timesteps // steps in each, as in diffusers.
+    For `timestep_spacing` see spacing.py; a step is num_train_timesteps // steps, as in diffusers.
     Raises ValueError for steps that are not within 1 to num_train_timesteps - 1, and the like.
     """
 

@@ -44,7 +44,7 @@ class Chain(Edit):
     def mix(self, site: Site) -> Mix | None:
         """One edit that is a linear map, and any number of readers after it."""
         first, *readers = [edit.mix(site) for edit in self.edits if edit.wants(site)]
-        if first is None or not all(mix and mix.keeps_maps for mix in readers):
+        if first is None or any(not mix or replace(mix, reads=()) != Mix() for mix in readers):
             return None
         reads = [read for mix in readers if mix for read in mix.reads]
         if first.scale is not None:  # they see the maps after it: M̂ diag(s) c = M̂ (s c)

@@ -225,9 +225,8 @@ class UNet(nn.Module):
         self.up_blocks = nn.ModuleList()
         for level, width in reversed(list(enumerate(block_out_channels))):
             c_ins = [c_in + skips.pop() for c_in in [c] + [width] * layers_per_block]
-            self.up_blocks.append(
-                UpBlock(c_ins, width, dims, attend=level < coarsest, resample=level > 0)
-            )
+            block = UpBlock(c_ins, width, dims, attend=level < coarsest, resample=level > 0)
+            self.up_blocks.append(block)
             c = width
 
         self.conv_norm_out = nn.GroupNorm(norm_num_groups, c)
@@ -242,8 +241,7 @@ class UNet(nn.Module):
     ) -> Tensor:
         """x: b 4 h w,  t: one timestep or b of them,  context: b 77 d → the noise in x: b 4 h w"""
         t = torch.as_tensor(t, device=x.device).reshape(-1)
-        temb = timestep_embedding(t, self.conv_in.out_channels).to(x.dtype)
-        temb = self.time_embedding(temb)
+        temb = self.time_embedding(timestep_embedding(t, self.conv_in.out_channels).to(x.dtype))
 
         x = self.conv_in(x)
         skips = [x]
