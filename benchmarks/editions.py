@@ -70,21 +70,24 @@ def worker(size: int) -> None:
 def start(package: Path, size: int) -> subprocess.Popen[str]:
     return subprocess.Popen(
         [sys.executable, __file__, "--worker", str(size)],
-        env={**os.environ, "PYTHONPATH": str(package), "OMP_WAIT_POLICY": "passive"},
+        env={**os.environ, "PYTHONPATH": str(package)},
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
         text=True,
     )
 
 
-def compare(editions: dict[str, Path], size: int, rounds: int) -> None:
+def compare(
+    editions: dict[str, Path], size: int, rounds: int, sides: tuple[str, ...] = SIDES
+) -> None:
     running = {name: start(path, size) for name, path in editions.items()}
     seconds: dict[tuple[str, str], list[float]] = {}
     for turn in range(rounds + 1):
-        for side in SIDES if turn % 2 else SIDES[::-1]:
+        for side in sides if turn % 2 else sides[::-1]:
             for name in list(running) if turn % 2 else list(running)[::-1]:
                 process = running[name]
                 assert process.stdin and process.stdout
+                time.sleep(0.02)  # the other process's threads still spin for some milliseconds
                 print(side, file=process.stdin, flush=True)
                 took = float(process.stdout.readline())
                 if turn:  # the first only warms up
@@ -93,7 +96,7 @@ def compare(editions: dict[str, Path], size: int, rounds: int) -> None:
         process.communicate()
     this, other = editions
     print(f"{size or 16} x {size or 16} latents, {rounds} rounds: medians")
-    for side in SIDES:
+    for side in sides:
         shares = {
             name: statistics.median(
                 a / b for a, b in zip(seconds[name, side], seconds[name, "plain"], strict=True)
@@ -115,6 +118,7 @@ def main() -> None:
         "--size", type=int, nargs="*", default=[0], help="latents; 0: bundled model"
     )
     parser.add_argument("--rounds", type=int, default=20)
+    parser.add_argument("--few", action="store_true", help="plain and swap alone")
     parser.add_argument("--worker", type=int, help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.worker is not None:
@@ -123,7 +127,8 @@ def main() -> None:
     if not args.other or not (args.other / "minip2p").is_dir():
         parser.error("--other names a folder with another edition's minip2p/ in it")
     for size in args.size:
-        compare({"this": HERE, "other": args.other.resolve()}, size, args.rounds)
+        sides = SIDES[:2] if args.few else SIDES
+        compare({"this": HERE, "other": args.other.resolve()}, size, args.rounds, sides)
 
 
 if __name__ == "__main__":

@@ -90,29 +90,31 @@ class Taken(NamedTuple):
 class Mix:
     """An edit as a linear map: M̂_r = (M_look[r] diag(o_r) + M_0 S_r) diag(w_r) for each row r."""
 
-    look: Tensor | None = None  # of every row and of as many blank ones after them; None: own maps
+    # look, own and scale are of every row and of as many blank ones, which stay, after them.
+    look: Tensor | None = None  # 2·rows; None: every row through its own map
     only: Taken | None = None  # rows that look through M_0 alone, and not as it is: M_0 S_r
-    own: Tensor | None = None  # rows k: o; None: all ones
+    own: Tensor | None = None  # 2·rows k: o; None: all ones
     also: Taken | None = None  # rows that take M_0 S_r beside their own map
-    scale: Tensor | None = None  # rows k: w; None: all ones
+    scale: Tensor | None = None  # 2·rows k: w; None: all ones
     # (columns: rows k c, add) pairs: add(M̂ @ columns: rows q c, mean over heads) is called each
     # time, with M̂ as it is before the scale: a word that is silenced can still be found.
     reads: tuple[tuple[Tensor, Callable[[Tensor], None]], ...] = ()
 
     def __call__(self, probs: Tensor) -> Tensor:
         """The definition, on maps that are written down. probs: rows i q k → rows i q k"""
-        mixed = probs.clone() if self.look is None else probs[self.look[: len(probs)]]
+        n = len(probs)
+        mixed = probs.clone() if self.look is None else probs[self.look[:n]]
         if self.only:
             rows, matrices = self.only
             mixed[rows] = mixed[rows] @ matrices[:, None].to(probs.dtype)
         if self.own is not None:
-            mixed *= self.own[:, None, None]
+            mixed *= self.own[:n, None, None]
         if self.also:
             rows, matrices = self.also
             mixed[rows] += probs[0] @ matrices[:, None].to(probs.dtype)
         for columns, add in self.reads:
             add(mixed.mean(dim=1) @ columns.to(probs.dtype))
-        return mixed if self.scale is None else mixed * self.scale[:, None, None].to(probs.dtype)
+        return mixed if self.scale is None else mixed * self.scale[:n, None, None].to(probs.dtype)
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         """self(maps of q and k) @ v, without the maps: (M S diag(w)) V = M (S (diag(w) V))
@@ -125,34 +127,39 @@ class Mix:
             values = values.clone()
             for row, part in zip(self.only.rows, self.only.of(v), strict=True):
                 values[row] = part
-        q_r, k_r = q, k
-        if self.look is not None:  # index_select is four times as fast as q[look] on a CPU
-            q_r, k_r = (t.index_select(0, self.look[: len(v)]) for t in (q, k))
+        look = None if self.look is None else self.look[: len(v)]
+        q_r, k_r = (q, k) if look is None else (rows_of(t, look) for t in (q, k))
         out = scaled_dot_product_attention(q_r, k_r, values)
         if self.also:
             q_0, k_0 = (t[:1].expand(len(self.also.rows), -1, -1, -1) for t in (q, k))
             more = scaled_dot_product_attention(q_0, k_0, self.also.of(v))
             for row, part in zip(self.also.rows, more, strict=True):
-                out[row] += part
+                out[row].add_(part)  # with += it is written twice
         return out
 
     def read(self, q: Tensor, k: Tensor) -> None:
         """Hand out M̂ @ columns: the sum of some columns of a map is one more value to attend to."""
-        q, k, unscaled = precise(q), precise(k), replace(self, scale=None)
-        for columns, add in self.reads:
-            maps, rows = [], len(columns)
-            for some in columns.split(q.shape[-1], dim=-1):  # rows k c, with c <= d
-                values = torch.zeros_like(k)  # as wide as k: the fast kernels ask for it
-                values[:rows, ..., : some.shape[-1]] = some[:, None]
-                out = unscaled.attend(q, k, values)
-                maps.append(out[:rows, ..., : some.shape[-1]].mean(dim=1))
-            add(torch.cat(maps, dim=-1))
+        columns = torch.cat([columns for columns, _ in self.reads], dim=-1)  # rows k c
+        rows, d, unscaled = len(columns), q.shape[-1], replace(self, scale=None)
+        q, k = precise(q[:rows]), precise(k[:rows])
+        maps = []
+        for some in columns.split(d, dim=-1):
+            values = torch.zeros_like(k)  # as wide as k: the fast kernels ask for it
+            values[..., : some.shape[-1]] = some[:, None]
+            maps.append(unscaled.attend(q, k, values)[..., : some.shape[-1]].mean(dim=1))
+        parts = torch.cat(maps, dim=-1).split([c.shape[-1] for c, _ in self.reads], dim=-1)
+        for (_, add), part in zip(self.reads, parts, strict=True):
+            add(part)
+
+
+def rows_of(t: Tensor, look: Tensor) -> Tensor:
+    """t[look], in memory in the order b q i d as t is: else the output is copied. t: b i q d"""
+    return t.transpose(1, 2).index_select(0, look).transpose(1, 2)  # four times as fast as t[look]
 
 
 def times(factors: Tensor, v: Tensor) -> Tensor:
-    """diag(factors) V of the first rows; blank rows after them stay. factors: r k, v: b i k d"""
-    r = len(factors)
-    return torch.cat([(precise(v[:r]) * factors[:, None, :, None]).to(v.dtype), v[r:]])
+    """diag(factors) V of each row. factors: at least b k, v: b i k d → as v"""
+    return (precise(v) * factors[: len(v), None, :, None]).to(v.dtype)
 
 
 class Guided(Edit):
@@ -216,7 +223,8 @@ class Attention(nn.Module):
         if edit is None or not edit.wants(site):
             out = scaled_dot_product_attention(q, k, v)  # the map is never written down
         elif (mix := edit.mix(site)) is not None:
-            mix.read(q, k)
+            if mix.reads:
+                mix.read(q, k)
             out = mix.attend(q, k, v)  # edited, and still never written down
         else:
             probs = (precise(q) * q.shape[-1] ** -0.5 @ precise(k).mT).softmax(dim=-1)  # b i q k

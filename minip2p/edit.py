@@ -149,8 +149,8 @@ class PromptToPrompt(Edit):
         self.layout: Mix | None = None
         self.call, self.calls = 0, 0
 
-    def at(self, call: int, calls: int) -> Edit:
-        """A copy of it that knows this call, and its linear maps."""
+    def at(self, call: int, calls: int) -> Edit | None:
+        """A copy of it that knows this call, and its linear maps; None if nothing is to be done."""
 
         def inside(windows: Tensor) -> Tensor:
             first, end = bounds(windows, calls).unbind(-1)
@@ -163,6 +163,8 @@ class PromptToPrompt(Edit):
             weights = self.weights.where(alpha | self.everywhere, 1)
             cross = as_mix(self.mapper * taken[:, None], 1 - taken, weights, self.device)
             self.made[state] = cross, Mix(looks(layout, self.device)) if layout.any() else None
+        if self.made[state] == (None, None) and not self.blends:
+            return None
         now = copy.copy(self)
         now.cross, now.layout = self.made[state]
         now.call, now.calls = call, calls
@@ -201,12 +203,16 @@ def as_mix(source: Tensor, own: Tensor, weights: Tensor, device: Device) -> Mix 
         numbers = rows.nonzero()[:, 0].tolist()
         return Taken(numbers, source[rows].to(device)) if numbers else None
 
+    def factors(numbers: Tensor) -> Tensor | None:  # blank rows' are ones
+        both = torch.cat([numbers, torch.ones_like(numbers)])
+        return None if (both == 1).all() else both.to(device)
+
     mix = Mix(
         looks(only, device) if only.any() else None,
         taken(only & ~same),
-        None if (own == 1).all() else own.to(device),
+        factors(own),
         taken(takes & keeps),
-        None if (weights == 1).all() else weights.to(device),
+        factors(weights),
     )
     return None if mix == Mix() else mix
 

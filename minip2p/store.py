@@ -48,7 +48,7 @@ class Chain(Edit):
             return None
         reads = [read for mix in readers if mix for read in mix.reads]
         if first.scale is not None:  # they see the maps after it: M̂ diag(s) c = M̂ (s c)
-            reads = [(columns * first.scale[..., None], add) for columns, add in reads]
+            reads = [(c * first.scale[: len(c), :, None], add) for c, add in reads]
         return replace(first, reads=(*first.reads, *reads))
 
     def blend(self, latents: Tensor) -> Tensor:
@@ -106,7 +106,7 @@ class AttentionStore(Edit):
                 for column, word in enumerate(self.words):
                     self.columns[row, prompt.find(word), column] = 1
 
-    def at(self, call: int, calls: int) -> Edit:
+    def at(self, call: int, calls: int) -> Edit | None:
         self.calls += 1
         return self
 

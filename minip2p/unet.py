@@ -72,16 +72,6 @@ class GEGLU(nn.Module):
         return x * F.gelu(gate)
 
 
-class FeedForward(nn.Module):
-    def __init__(self, d: int):
-        super().__init__()
-        # Identity stands where training had a dropout, so that the keys are net.0 and net.2.
-        self.net = nn.Sequential(GEGLU(d, 4 * d), nn.Identity(), nn.Linear(4 * d, d))
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.net(x)
-
-
 class TransformerBlock(nn.Module):
     """Pixels look at each other (attn1), then at the words (attn2), then think (ff)."""
 
@@ -92,7 +82,8 @@ class TransformerBlock(nn.Module):
         self.norm2 = nn.LayerNorm(d)
         self.attn2 = Attention(d, dims.context, dims.heads)
         self.norm3 = nn.LayerNorm(d)
-        self.ff = FeedForward(d)
+        # Identity stands where training had a dropout, so that the keys are net.0 and net.2.
+        self.ff = named(net=nn.Sequential(GEGLU(d, 4 * d), nn.Identity(), nn.Linear(4 * d, d)))
 
     def forward(self, x: Tensor, context: Context, edit: Edit | None) -> Tensor:
         x = x + self.attn1(self.norm1(x), None, edit)

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from .attention import Attention
+from .unet import named
 
 EPS = 1e-6  # of every norm here; the UNet's resnets use 1e-5: as trained
 
@@ -57,24 +58,6 @@ class MidBlock(nn.Module):
         return self.resnets[1](self.attentions[0](self.resnets[0](x)))
 
 
-class Downsample(nn.Module):
-    def __init__(self, c: int):
-        super().__init__()
-        self.conv = nn.Conv2d(c, c, 3, stride=2)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.conv(F.pad(x, (0, 1, 0, 1)))  # only right and bottom: as trained
-
-
-class Upsample(nn.Module):
-    def __init__(self, c: int):
-        super().__init__()
-        self.conv = nn.Conv2d(c, c, 3, padding=1)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.conv(F.interpolate(x, scale_factor=2.0, mode="nearest"))
-
-
 class Level(nn.Module):
     """Resnets at one resolution, then a change of resolution, except at the last level."""
 
@@ -83,8 +66,11 @@ class Level(nn.Module):
     ):
         super().__init__()
         self.resnets = nn.ModuleList(ResnetBlock(c if i else c_in, c, groups) for i in range(n))
-        self.downsamplers = nn.ModuleList([Downsample(c)] if down else [])
-        self.upsamplers = nn.ModuleList([Upsample(c)] if up else [])
+        pad = nn.ZeroPad2d((0, 1, 0, 1))  # only right and bottom: as trained
+        halve = named(pad=pad, conv=nn.Conv2d(c, c, 3, stride=2))
+        double = named(grow=nn.Upsample(scale_factor=2.0), conv=nn.Conv2d(c, c, 3, padding=1))
+        self.downsamplers = nn.ModuleList([halve] if down else [])
+        self.upsamplers = nn.ModuleList([double] if up else [])
 
     def forward(self, x: Tensor) -> Tensor:
         for module in (*self.resnets, *self.downsamplers, *self.upsamplers):

@@ -14,6 +14,7 @@ from PIL import Image
 from torch import Tensor
 from torch.nn import functional as F
 
+from ..attention import Edit
 from ..store import AttentionStore
 
 THRESHOLD = 0.3  # of a map's maximum, above which words look there: LocalBlend's
@@ -24,7 +25,13 @@ Words = tuple[Sequence[str], Sequence[str]]  # of the source and of the edited p
 
 
 class Looks(AttentionStore):
-    """Keep where the given words look, from the coarse maps alone, as LocalBlend does."""
+    """Keep where the given words look, from the coarse maps alone, as LocalBlend does.
+
+    From every second UNet call: where words look changes slowly, and reading maps takes time.
+    """
+
+    def at(self, call: int, calls: int) -> Edit | None:
+        return None if call % 2 else super().at(call, calls)
 
     def wants(self, site: Any) -> bool:
         return site.is_cross and (site.height, site.width) == self.size
