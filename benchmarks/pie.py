@@ -20,10 +20,12 @@ Shapes:  H W of a picture · b 3 H W in [0, 1]
 from __future__ import annotations
 
 import argparse
+import io
 import json
 import sys
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import replace
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -40,6 +42,9 @@ sys.path[:0] = [str(HERE.parent)]
 import minip2p  # noqa: E402
 from minip2p import LocalBlend, Refine, Reweight  # noqa: E402
 from minip2p.settings import bind_to  # noqa: E402
+from minip2p.tools.cluster import Work, cluster  # noqa: E402
+from minip2p.tools.results import Files, Row, put  # noqa: E402
+from minip2p.tools.worker import identity  # noqa: E402
 
 STEPS, GUIDANCE, CROSS, SELF = 50, 7.5, 0.4, 0.6
 METHODS = {  # arguments of invert
@@ -354,40 +359,80 @@ def finished(file: Path, about: dict[str, Any]) -> dict[str, dict[str, Any]]:
     return {result["id"]: result for result in map(json.loads, whole)}
 
 
-@torch.inference_mode()
+@dataclass(frozen=True)
+class Picture:
+    """One of the set, to be edited."""
+
+    row: dict[str, Any]  # its id
+    item: dict[str, Any]  # what the set says of it
+
+
+class Editor:
+    """A model and the metrics, in this process or on a Ray cluster."""
+
+    def __init__(self, args: argparse.Namespace, beside: int = 0):
+        model = minip2p.load(args.model, device=args.device)
+        # The authors' scheduler has no offset: timesteps 980 to 0.
+        schedule = {**model.schedule, "steps_offset": 0, "set_alpha_to_one": False}
+        self.model, self.args = replace(model, schedule=schedule), args
+        self.metrics = [metric for _, metric in others(args) if not isinstance(metric, str)]
+
+    def tell(self) -> dict[str, Any]:
+        return {"id": identity(self.model)}
+
+    @torch.inference_mode()
+    def run(self, pictures: Sequence[Picture]) -> list[tuple[Row, Files]]:
+        """The figures of each, and its edit as a PNG."""
+        made = []
+        for picture in pictures:
+            item, path = picture.item, Path(picture.item["image_path"])
+            source = self.args.data / "annotation_images" / path
+            given, edit, note = edited(self.model, source, item, self.args.method, self.args.steps)
+            mask = decoded(item["mask"], given.height, given.width)
+            row = {**picture.row, "note": note, **compared(given, edit, mask)}
+            for metric in self.metrics:
+                row |= metric(given, edit, mask, plain(item["editing_prompt"]))
+            png = io.BytesIO()
+            edit.save(png, "PNG")
+            made.append((row, {str(path.with_suffix(".png")): png.getvalue()}))
+        return made
+
+
+@contextmanager
+def editors(args: argparse.Namespace) -> Iterator[Work]:
+    if args.workers or args.address:
+        device = None if args.device == "cuda" else args.device
+        with cluster(Editor, (args,), device, args.workers, args.address) as (_, work):
+            yield work
+    else:
+        yield lambda groups: map(Editor(args).run, groups)
+
+
 def run(args: argparse.Namespace) -> dict[str, dict[str, Any]]:
-    """The figures of every picture, by its id."""
+    """The figures of every picture, by its id. Raises ValueError if one can't be made."""
     items = read_set(args.data)
     chosen = {k: v for k, v in items.items() if not args.only or k in args.only}
     about = {"model": args.model, "method": args.method, "steps": args.steps}
     file = args.out / "results.jsonl"
     results = finished(file, about)
-    metrics = dict(others(args))
-    for name, metric in metrics.items():
+    for name, metric in others(args):
         if isinstance(metric, str):
             print(f"Left out: {name}: {metric}.", file=sys.stderr)
-    left = {key: item for key, item in chosen.items() if key not in results}
-    if left:
-        model = minip2p.load(args.model, device=args.device)
-        # The authors' scheduler has no offset: timesteps 980 to 0.
-        schedule = {**model.schedule, "steps_offset": 0, "set_alpha_to_one": False}
-        model = replace(model, schedule=schedule)
-    for key, item in tqdm(left.items(), desc=args.method):
-        path = Path(item["image_path"])
-        given, edit, note = edited(
-            model, args.data / "annotation_images" / path, item, args.method, args.steps
-        )
-        mask = decoded(item["mask"], given.height, given.width)
-        result: dict[str, Any] = {"id": key, "note": note, **compared(given, edit, mask)}
-        for metric in metrics.values():
-            if not isinstance(metric, str):
-                result |= metric(given, edit, mask, plain(item["editing_prompt"]))
-        target = args.out / "annotation_images" / path.with_suffix(".png")
-        target.parent.mkdir(parents=True, exist_ok=True)
-        edit.save(target)
-        with file.open("a") as lines:
-            lines.write(json.dumps(result) + "\n")
-        results[key] = result
+    left = [[Picture({"id": key}, item)] for key, item in chosen.items() if key not in results]
+    if not left:
+        return {key: results[key] for key in chosen}
+    with editors(args) as work:
+        for made in tqdm(work(left), desc=args.method, total=len(left)):
+            for row, files in made:
+                if "error" in row:
+                    raise ValueError(f"{row['id']}: {row['error']}")
+                for name, content in files.items():
+                    target = args.out / "annotation_images" / name
+                    target.parent.mkdir(parents=True, exist_ok=True)
+                    put(target, content)
+                with file.open("a") as lines:
+                    lines.write(json.dumps(row) + "\n")
+                results[row["id"]] = row
     return {key: results[key] for key in chosen}
 
 
@@ -421,6 +466,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     add("--out", type=Path, default=Path("out/pie"), metavar="FOLDER")
     add("--only", nargs="*", metavar="ID", help="of these pictures")
     add("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    add("--workers", type=int, help="processes that share the pictures, on Ray")
+    add("--address", help="auto, or HOST:PORT of a Ray cluster, for the same")
     add("--dino", metavar="FOLDER", help="facebook/dino-vitb8, for structure distance")
     add("--clip", metavar="FOLDER", help="openai/clip-vit-large-patch14, for CLIP scores")
     args = parser.parse_args(arguments)

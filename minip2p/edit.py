@@ -149,8 +149,8 @@ class PromptToPrompt(Edit):
         self.layout: Mix | None = None
         self.call, self.calls = 0, 0
 
-    def at(self, call: int, calls: int) -> Edit | None:
-        """A copy of it that knows this call, and its linear maps; None if nothing is to be done."""
+    def at(self, call: int, calls: int) -> Edit:
+        """A copy of it that knows this call, and its linear maps."""
 
         def inside(windows: Tensor) -> Tensor:
             first, end = bounds(windows, calls).unbind(-1)
@@ -163,8 +163,6 @@ class PromptToPrompt(Edit):
             weights = self.weights.where(alpha | self.everywhere, 1)
             cross = as_mix(self.mapper * taken[:, None], 1 - taken, weights, self.device)
             self.made[state] = cross, Mix(looks(layout, self.device)) if layout.any() else None
-        if self.made[state] == (None, None) and not self.blends:
-            return None
         now = copy.copy(self)
         now.cross, now.layout = self.made[state]
         now.call, now.calls = call, calls

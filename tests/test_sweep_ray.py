@@ -1,7 +1,10 @@
 """Sweeps on a real Ray cluster of two nodes on the loopback address, and what stops them there."""
 
+import json
 import os
 import signal
+import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -88,6 +91,58 @@ def test_workers_of_its_own_on_this_machine(folder: Path):
     ends(start("study.toml", *words, cwd=folder))
     complete_and_once(folder / "out", RUNS)
     assert len(set(pids(folder))) == 2
+
+
+def run_script(*words: str, threads: int = 1) -> None:
+    """A command of the repository's, which the package does not install."""
+    root = Path(__file__).parents[1]
+    environment = {**os.environ, "PYTHONPATH": str(root), "OMP_NUM_THREADS": str(threads)}
+    done = subprocess.run(
+        [sys.executable, *words], cwd=root, env=environment, capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr
+
+
+def test_emojibench_among_workers(tmp_path: Path):
+    """The figures, but for the intervals' own draws, are those of one process."""
+    told = {}
+    for name, more in (("here", []), ("there", ["--workers", "2"])):
+        words = [
+            "-m",
+            "world.bench",
+            "captions",
+            "sweep",
+            "refine",
+            "--quick",
+            "--steps",
+            "2",
+            "--out",
+        ]
+        run_script(*words, str(tmp_path / name), *more)
+        told[name] = json.loads((tmp_path / name).read_text())["parts"]
+    assert told["here"].keys() == told["there"].keys()
+    for part, rows in told["here"].items():
+        assert rows.keys() == told["there"][part].keys()
+        for row, figures in rows.items():
+            for name, figure in figures.items():
+                there = told["there"][part][row][name]
+                assert there["n"] == figure["n"]
+                assert there["value"] == pytest.approx(figure["value"], rel=1e-4), (part, row, name)
+
+
+def test_pie_bench_among_workers(tmp_path: Path):
+    run_script("benchmarks/pie.py", "--make", str(tmp_path / "set"))
+    rows = {}
+    for name, more in (("here", []), ("there", ["--workers", "2"])):
+        words = ["benchmarks/pie.py", str(tmp_path / "set"), "--steps", "2", "--device", "cpu"]
+        run_script(*words, "--out", str(tmp_path / name), *more)
+        lines = (tmp_path / name / "results.jsonl").read_text().splitlines()[1:]
+        rows[name] = {row["id"]: row for row in map(json.loads, lines)}
+        assert len(lines) == len(rows[name]) == 6
+    for id, row in rows["here"].items():
+        there = rows["there"][id]
+        assert there.keys() == row.keys()
+        assert there["psnr"] == pytest.approx(row["psnr"], rel=1e-3)
 
 
 def test_a_worker_killed_in_a_run(folder: Path, nodes: Any):

@@ -14,7 +14,7 @@ import torch
 from torch.nn import functional as F
 
 import minip2p
-from world import bench, detector
+from world import bench, detector, shared
 from world.glyphs import CELL, GLYPHS, glyph
 from world.scenes import FULL, WORLDS, Scene, draw, sample
 
@@ -235,6 +235,19 @@ def test_a_map_is_localised_by_its_peak_and_its_half():
     assert found["peak in box"] and found["IoU"] == 1 and 0.05 < found["chance"] < 0.6
     found = bench.localised(1 - heat, drawn, "lion")
     assert not found["peak in box"] and found["IoU"] < 0.1
+
+
+def test_shares_of_a_part_are_the_whole_of_it():
+    """As they are made by several workers: the same items with the same figures, each once."""
+    judge = shared.Judge("emoji", True, 1, None)
+    alone = judge.bench.sweep()
+    notes = {}
+    for i in (1, 0):
+        [(row, _)] = judge.run([shared.Share({"part": "sweep", "i": i, "n": 2})])
+        notes[i] = row["facts"]
+    assert shared.joined(notes) == alone
+    [(row, _)] = judge.run([shared.Share({"part": "swaps", "i": 0, "n": 1})])
+    assert "error" in row
 
 
 @pytest.fixture(scope="module")

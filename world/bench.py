@@ -134,6 +134,10 @@ def written(table: Table) -> str:
     return "\n".join("  ".join(map(str.ljust, line, widths)).rstrip() for line in lines)
 
 
+def tell(part: str, table: Table, seconds: float) -> None:
+    print(f"\n{part}, {seconds:.0f} s\n{written(table)}", flush=True)
+
+
 # ---- Pictures compared ---------------------------------------------------------------------------
 
 
@@ -195,6 +199,7 @@ class Bench:
     ):
         self.model, self.detector, self.quick, self.steps = model, detector, quick, steps
         self.folder = folder
+        self.shard = (0, 1)  # of the items: every n-th from the i-th, for work that is shared out
         self.words = set(model.defaults.get("words", detector.world.words))
         if not self.words & set(detector.world.nouns):
             raise ValueError(f"The model knows nothing of the world {detector.world.name!r}.")
@@ -204,8 +209,7 @@ class Bench:
         for part in parts:
             start = time.time()
             tables[part] = getattr(self, part)().table()
-            seconds = time.time() - start
-            print(f"\n{part}, {seconds:.0f} s\n{written(tables[part])}", flush=True)
+            tell(part, tables[part], time.time() - start)
         return tables
 
     def items(self, part: str) -> int:
@@ -221,7 +225,9 @@ class Bench:
         """The part's first n scenes that fit and that the model has the words for."""
         first = ITEMS[part][0]
         every = (sample(self.detector.world, first + i, held_out) for i in range(50_000))
-        return list(islice((s for s in every if self.knows(s) and fits(s)), n))
+        chosen = list(islice((s for s in every if self.knows(s) and fits(s)), n))
+        first, step = self.shard
+        return chosen[first::step]
 
     def halves(
         self, part: str, fits: Callable[[Scene, str], object], kinds: Sequence[str]
@@ -251,8 +257,10 @@ class Bench:
         """Contact sheets of eight rows each."""
         if self.folder:
             self.folder.mkdir(parents=True, exist_ok=True)
+            first, step = self.shard
+            name = part if step == 1 else f"{part}_{first + 1}of{step}"
             for page, some in enumerate(_batches(rows, 8), 1):
-                contact_sheet(some).save(self.folder / f"{part}_{page}.png")
+                contact_sheet(some).save(self.folder / f"{name}_{page}.png")
 
     def captions(self) -> Facts:
         facts, sheet = Facts(), []
@@ -514,6 +522,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--steps", type=int, default=STEPS)
     parser.add_argument("--out", type=Path, metavar="FILE.json")
     parser.add_argument("--pictures", type=Path, metavar="FOLDER", help="what was judged, to see")
+    parser.add_argument("--workers", type=int, help="processes that share the items, on Ray")
+    parser.add_argument("--address", help="auto, or HOST:PORT of a Ray cluster, for the same")
     given = parser.parse_args(arguments)
     if unknown := [part for part in given.parts if part not in ITEMS]:
         parser.error(f"there is no part {unknown[0]!r}, only: {', '.join(ITEMS)}")
@@ -523,7 +533,14 @@ def main(arguments: Sequence[str] | None = None) -> None:
     windows = {name: value for name, value in model.defaults.items() if name != "words"}
     print(f"{given.model}: {given.steps} steps; the model recommends {windows}")
     bench = Bench(model, detector, given.quick, given.steps, given.pictures)
-    tables = bench.run(given.parts or tuple(ITEMS))
+    parts = given.parts or tuple(ITEMS)
+    if given.workers or given.address:
+        from .shared import shared_out
+
+        settings = given.model, given.quick, given.steps, given.pictures
+        tables = shared_out(parts, settings, given.workers, given.address)
+    else:
+        tables = bench.run(parts)
     if given.out:
         as_dicts = {
             part: {row: {name: f._asdict() for name, f in cs.items()} for row, cs in table.items()}

@@ -18,39 +18,48 @@ from ..check import check
 from . import fast
 from .results import Files, Row
 from .study import Settings
-from .worker import Job, Worker
 
-Work = Callable[[Sequence[Sequence[Job]]], Iterable[list[tuple[Row, Files]]]]
+# From groups of jobs to what was made of each. A job has a `row`, as Job does.
+Work = Callable[[Sequence[Sequence[Any]]], Iterable[list[tuple[Row, Files]]]]
 RESTARTS = 5  # of a worker, before its loss is the error of what it was doing
 
 
 class Actor:
-    """A Worker in a process of its own, which loads the model when it is first asked."""
+    """A worker in a process of its own, which is made, and loads its model, when first asked.
 
-    def __init__(self, arguments: tuple[Any, ...], threads: int):
-        self.arguments = arguments
+    kind: the worker's class; its objects have `tell` and `run`, as Worker does.
+    """
+
+    def __init__(self, kind: Callable[..., Any], arguments: tuple[Any, ...], threads: int):
+        self.kind, self.arguments = kind, arguments
         torch.set_num_threads(threads)
         fast.keep_memory()
 
     @cached_property
-    def worker(self) -> Worker:
-        return Worker(*self.arguments)
+    def worker(self) -> Any:
+        return self.kind(*self.arguments)
 
     def tell(self) -> Settings:
         return self.worker.tell()
 
-    def run(self, jobs: Sequence[Job]) -> list[tuple[Row, Files]]:
+    def run(self, jobs: Sequence[Any]) -> list[tuple[Row, Files]]:
         return self.worker.run(jobs)
 
 
 @contextmanager
 def cluster(
-    arguments: tuple[Any, ...], workers: int | None, address: str | None
+    kind: Callable[..., Any],
+    arguments: tuple[Any, ...],
+    device: str | None,
+    workers: int | None,
+    address: str | None,
 ) -> Iterator[tuple[Settings, Work]]:
-    """What a Worker of these arguments tells, and a function from groups to what was made.
+    """What a worker of these arguments tells, and a function from groups to what was made.
 
-    workers: by default one for each GPU, or where there is none for each node. address: of a
-    cluster; None: one on this machine alone, for as long as this lasts.
+    kind: Worker, or a class like it. It gets one argument more: how many share its memory.
+    device: "cpu" if it is to be that, even on nodes that have GPUs.
+    workers: by default one for each GPU, or where there is none for each node.
+    address: of a cluster; None: one on this machine alone, for as long as this lasts.
     """
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")  # nothing is sent anywhere
     if not address:  # else Ray takes the machine's own address even for 127.0.0.1
@@ -70,10 +79,10 @@ def cluster(
     except (ConnectionError, RuntimeError) as error:
         raise ValueError(f"There is no Ray cluster at {address}: {error}") from None
     try:
-        share, n, threads, beside = shares(ray, workers, cpu=arguments[1] == "cpu")
+        share, n, threads, beside = shares(ray, workers, cpu=device == "cpu")
         # Retries without an end: while a lost node is not yet known as lost, each fails at once.
-        kind = ray.remote(max_restarts=RESTARTS, max_task_retries=-1, **share)(Actor)
-        make = partial(kind.remote, (*arguments, beside), threads)
+        actor_of = ray.remote(max_restarts=RESTARTS, max_task_retries=-1, **share)(Actor)
+        make = partial(actor_of.remote, kind, (*arguments, beside), threads)
         telling = {(actor := make()).tell.remote(): actor for _ in range(n)}
         (first,), _ = ray.wait(list(telling))
         model = told(ray, first)
@@ -94,12 +103,12 @@ def shares(ray: Any, workers: int | None, cpu: bool) -> tuple[dict[str, int], in
     return {"num_cpus": threads}, n, threads, (n - 1) // len(nodes)
 
 
-def told(ray: Any, ref: Any) -> Any:
-    """The result of a task. Raises ValueError if the model can't be loaded there."""
+def told(ray: Any, ref: Any, task: str = "load the model") -> Any:
+    """The result of a task. Raises ValueError if it raised there."""
     try:
         return ray.get(ref)
-    except ray.exceptions.RayTaskError as error:  # what a run raises is in its row
-        raise ValueError(f"A worker can't load the model: {error.cause}") from None
+    except ray.exceptions.RayTaskError as error:  # what a sweep's run raises is in its row
+        raise ValueError(f"A worker can't {task}: {error.cause}") from None
 
 
 def spread(
@@ -107,19 +116,19 @@ def spread(
     make: Callable[[], Any],
     telling: Mapping[Any, Any],
     model: Settings,
-    groups: Sequence[Sequence[Job]],
+    groups: Sequence[Sequence[Any]],
 ) -> Iterator[list[tuple[Row, Files]]]:
     """What was made, as it comes. Each actor has a group at a time, from when it has told.
 
     make: a new actor. telling: actors by their first task, which tells their model.
     """
     todo, left, busy = iter(groups), len(groups), dict(telling)
-    doing: dict[Any, Sequence[Job]] = {}
+    doing: dict[Any, Sequence[Any]] = {}
     while left:
         (ref,), _ = ray.wait(list(busy))
         actor, group = busy.pop(ref), doing.pop(ref, ())
         try:
-            made = told(ray, ref)
+            made = told(ray, ref, "do its work" if group else "load the model")
         except ray.exceptions.RayError as error:  # its process was lost, again and again
             said = f"{type(error).__name__}: {error}".splitlines()[0]
             check(group, f"A worker can't be started: {said}")

@@ -62,7 +62,7 @@ def crew(study: Study, options: argparse.Namespace) -> Iterator[tuple[Settings, 
     """Who does the work: what the model tells, and a function from groups to what was made."""
     arguments = study.about, options.device, options.latents
     if options.workers or options.address:
-        with cluster(arguments, options.workers, options.address) as those:
+        with cluster(Worker, arguments, options.device, options.workers, options.address) as those:
             yield those
     else:
         worker = Worker(*arguments)
