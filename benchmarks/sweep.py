@@ -2,8 +2,8 @@
 
     python benchmarks/sweep.py overhead            one process; the two sides take turns
     python benchmarks/sweep.py growth              1 to 8 edits a source
-    python benchmarks/sweep.py workers             216 runs: one process, 1 and 2 Ray workers of one
-                                                   thread each: needs pip install 'minip2p[ray]'
+    python benchmarks/sweep.py workers             216 runs in a process of one and of two threads,
+                                                   and by two Ray workers of one thread each
 
 Overhead: for each group of runs that share a source, what the sweep does (its worker makes,
 measures and encodes them, its table writes them) beside the loop one would write: generate, save.
@@ -115,7 +115,6 @@ def workers(edits: int, seeds: int, repetitions: int) -> None:
     sides = {
         "one process, one thread": (1,),
         "one process, two threads": (2,),
-        "one Ray worker of one thread": (1, "--workers", "1", "--device", "cpu"),
         "two Ray workers of one thread": (1, "--workers", "2", "--device", "cpu"),
     }
     with tempfile.TemporaryDirectory() as name:
