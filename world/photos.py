@@ -1,7 +1,8 @@
 """Given pictures, edited, against the truth: the same scene drawn with the other noun.
 
     python -m world.photos                    every way, the table of README.md: half an hour
-    python -m world.photos --quick            four pictures, the two ways that one would choose
+    python -m world.photos --many             84 pictures, the two ways that one would choose
+    python -m world.photos --quick            four pictures, these two
     python -m world.photos --costs            seconds of inverting and editing, by method
 
 A "photograph" is a render of a scene that was never trained on. It is inverted, one noun of its
@@ -65,6 +66,7 @@ def friendly(guidance: float, **more: Any) -> dict[str, Any]:
 DIRECT = Way("direct", 3)
 FRIENDLY = Way("edit-friendly", 3, inversion=friendly(3))
 CHOSEN = (DIRECT, FRIENDLY)
+MANY = 84  # pictures, for narrower intervals
 WAYS = (
     Way("DDIM", 1, ["windows"], inversion=ddim()),
     Way("DDIM", 1, ["windows"], 50, ddim()),
@@ -84,10 +86,10 @@ WAYS = (
 )
 
 
-def measure(bench: Bench, ways: Sequence[Way] = CHOSEN) -> Facts:
-    """Every picture, every way."""
+def measure(bench: Bench, ways: Sequence[Way] = CHOSEN, n: int | None = None) -> Facts:
+    """Every picture, every way. n: how many pictures, instead of the bench's."""
     facts, sheet = Facts(), []
-    scenes = bench.scenes("photos", bench.items("photos"), bench.swaps)
+    scenes = bench.scenes("photos", n or bench.items("photos"), bench.swaps)
     for scene in tqdm(scenes, desc="photos"):
         options = bench.swaps(scene)
         target, old, new = options[scene.layout % len(options)]
@@ -227,6 +229,7 @@ def costs(model: minip2p.StableDiffusion, rounds: int = 7) -> Facts:
 def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description="Edit given pictures, compare with the truth.")
     parser.add_argument("--model", default="emoji", help="what minip2p.load takes")
+    parser.add_argument("--many", action="store_true", help=f"{MANY} pictures, two ways")
     parser.add_argument("--quick", action="store_true", help="few pictures, two ways")
     parser.add_argument("--costs", action="store_true", help="seconds instead")
     parser.add_argument("--pictures", type=Path, metavar="FOLDER", help="what was judged, to see")
@@ -236,7 +239,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
         facts = costs(model)
     else:
         bench = Bench(model, load(), given.quick, folder=given.pictures)
-        facts = measure(bench, CHOSEN if given.quick else WAYS)
+        few = given.quick or given.many
+        facts = measure(bench, CHOSEN if few else WAYS, MANY if given.many else None)
     print(written(facts.table()))
 
 
