@@ -231,8 +231,11 @@ def make_widgets(gr: Any, studio: Studio) -> tuple[dict[str, Any], list[Any]]:
         with gr.Column(scale=2, min_width=320):
             shown["words"] = html("words", said)
             with gr.Row():
-                steps = gr.Slider(*LIMITS["steps"], 20, step=1, label="Steps", elem_id="steps")
-                guidance = gr.Slider(*LIMITS["guidance"], scale, step=0.5, label="Guidance")
+                wide = {"min_width": 200}  # narrower ones would scroll
+                steps = gr.Slider(
+                    *LIMITS["steps"], 20, step=1, label="Steps", elem_id="steps", **wide
+                )
+                guidance = gr.Slider(*LIMITS["guidance"], scale, step=0.5, label="Guidance", **wide)
                 seed = gr.Number(8888, precision=0, minimum=0, label="Seed", elem_id="seed")
             picture = gr.File(
                 label="Your own picture, which the prompt describes",

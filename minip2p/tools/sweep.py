@@ -153,7 +153,7 @@ def make_parser() -> Parser:
     add("--device", help="cpu, cuda, mps; by default the fastest that is there")
     add("--latents", action="store_true", help="keep each picture's latents, too, as ID.npy")
     add("--workers", type=number(int, 1, 4096), help="processes that work at a time, on Ray")
-    add("--address", help="auto, or HOST:PORT of a Ray cluster; a worker for each GPU or node")
+    add("--address", help="of a Ray cluster: auto, HOST:PORT or ray://HOST:PORT")
     return parser
 
 
