@@ -375,10 +375,12 @@ class Editor:
         # The authors' scheduler has no offset: timesteps 980 to 0.
         schedule = {**model.schedule, "steps_offset": 0, "set_alpha_to_one": False}
         self.model, self.args = replace(model, schedule=schedule), args
-        self.metrics = [metric for _, metric in others(args) if not isinstance(metric, str)]
+        metrics = dict(others(args))
+        self.metrics = [metric for metric in metrics.values() if not isinstance(metric, str)]
+        self.left_out = {name: why for name, why in metrics.items() if isinstance(why, str)}
 
     def tell(self) -> dict[str, Any]:
-        return {"id": identity(self.model)}
+        return {"id": identity(self.model), "left out": self.left_out}
 
     @torch.inference_mode()
     def run(self, pictures: Sequence[Picture]) -> list[tuple[Row, Files]]:
@@ -399,13 +401,15 @@ class Editor:
 
 
 @contextmanager
-def editors(args: argparse.Namespace) -> Iterator[Work]:
+def editors(args: argparse.Namespace) -> Iterator[tuple[dict[str, Any], Work]]:
+    """What an Editor tells, and a function from groups of pictures to what was made of each."""
     if args.workers or args.address:
         device = None if args.device == "cuda" else args.device
-        with cluster(Editor, (args,), device, args.workers, args.address) as (_, work):
-            yield work
+        with cluster(Editor, (args,), device, args.workers, args.address) as those:
+            yield those
     else:
-        yield lambda groups: map(Editor(args).run, groups)
+        editor = Editor(args)
+        yield editor.tell(), lambda groups: map(editor.run, groups)
 
 
 def run(args: argparse.Namespace) -> dict[str, dict[str, Any]]:
@@ -415,16 +419,15 @@ def run(args: argparse.Namespace) -> dict[str, dict[str, Any]]:
     about = {"model": args.model, "method": args.method, "steps": args.steps}
     file = args.out / "results.jsonl"
     results = finished(file, about)
-    for name, metric in others(args):
-        if isinstance(metric, str):
-            print(f"Left out: {name}: {metric}.", file=sys.stderr)
     left = [[Picture({"id": key}, item)] for key, item in chosen.items() if key not in results]
     if not left:
         return {key: results[key] for key in chosen}
-    with editors(args) as work:
+    with editors(args) as (told, work):
+        for name, why in told["left out"].items():
+            print(f"Left out: {name}: {why}.", file=sys.stderr)
         for made in tqdm(work(left), desc=args.method, total=len(left)):
             for row, files in made:
-                if "error" in row:
+                if "error" in row:  # its worker was lost, again and again
                     raise ValueError(f"{row['id']}: {row['error']}")
                 for name, content in files.items():
                     target = args.out / "annotation_images" / name

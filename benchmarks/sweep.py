@@ -72,7 +72,8 @@ def overhead(edits: int, seeds: int) -> None:
         worker, table, loop = Worker(study.about), Table(folder / "sweep"), folder / "loop"
         table.folder.mkdir()
         loop.mkdir()
-        groups = grouped(make_jobs(study, worker.tell()), worker.tell()["pixels"])
+        told = worker.tell()
+        groups = grouped(make_jobs(study, told), told["pixels"])
         model = minip2p.load()
         ratios, seconds, cpu = [], [], []
         for turn, group in enumerate(groups):

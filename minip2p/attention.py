@@ -90,7 +90,7 @@ class Taken(NamedTuple):
 class Mix:
     """An edit as a linear map: M̂_r = (M_look[r] diag(o_r) + M_0 S_r) diag(w_r) for each row r."""
 
-    # look, own and scale are of every row and of as many blank ones, which stay, after them.
+    # look, own and scale go on for as many rows again: the blank ones, which they leave alone.
     look: Tensor | None = None  # 2·rows; None: every row through its own map
     only: Taken | None = None  # rows that look through M_0 alone, and not as it is: M_0 S_r
     own: Tensor | None = None  # 2·rows k: o; None: all ones

@@ -107,18 +107,8 @@ def test_emojibench_among_workers(tmp_path: Path):
     """The figures, but for the intervals' own draws, are those of one process."""
     told = {}
     for name, more in (("here", []), ("there", ["--workers", "2"])):
-        words = [
-            "-m",
-            "world.bench",
-            "captions",
-            "sweep",
-            "refine",
-            "--quick",
-            "--steps",
-            "2",
-            "--out",
-        ]
-        run_script(*words, str(tmp_path / name), *more)
+        words = ["captions", "sweep", "refine", "--quick", "--steps", "2"]
+        run_script("-m", "world.bench", *words, "--out", str(tmp_path / name), *more)
         told[name] = json.loads((tmp_path / name).read_text())["parts"]
     assert told["here"].keys() == told["there"].keys()
     for part, rows in told["here"].items():

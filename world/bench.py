@@ -538,7 +538,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
         from .shared import shared_out
 
         settings = given.model, given.quick, given.steps, given.pictures
-        tables = shared_out(parts, settings, given.workers, given.address)
+        try:
+            tables = shared_out(parts, settings, given.workers, given.address)
+        except ValueError as error:  # no Ray, no cluster, or a share that failed
+            parser.error(str(error))
     else:
         tables = bench.run(parts)
     if given.out:

@@ -17,7 +17,7 @@ from minip2p.tools.worker import identity
 from .bench import ITEMS, Bench, Facts, Table, tell
 from .detector import load
 
-SHARES = 4  # of a part for each worker: the last ones wait for less
+SHARES = 64  # of a part, at most: so many workers find work, and the last ones wait for little
 WHOLE = ("captions", "maps")  # one share: their items are compared, or noised, with each other
 
 
@@ -52,10 +52,10 @@ def shared_out(
     parts: Sequence[str], settings: tuple[Any, ...], workers: int | None, address: str | None
 ) -> dict[str, Table]:
     """The tables of the parts. settings: Judge's. Raises ValueError if a share can't be made."""
-    most = SHARES * (workers or 1)
+    _, quick, *_ = settings
     # Some parts take half of their items of either kind: no share is to be without any.
-    items = {part: ITEMS[part][2 if settings[1] else 1] // 2 for part in parts}
-    of = {part: 1 if part in WHOLE else min(most, max(1, n)) for part, n in items.items()}
+    items = {part: ITEMS[part][2 if quick else 1] // 2 for part in parts}
+    of = {part: 1 if part in WHOLE else min(SHARES, max(1, n)) for part, n in items.items()}
     shares = [[Share({"part": part, "i": i, "n": n})] for part, n in of.items() for i in range(n)]
     found: dict[str, dict[int, dict]] = {part: {} for part in parts}
     tables, began = {}, time.time()
