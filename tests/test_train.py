@@ -59,9 +59,9 @@ def line(steps: int, work: Path, fail_at: int | None = None) -> tuple[nn.Module,
         return {"loss": value}
 
     stage = train.Stage(
-        "line", nn.ModuleDict({"line": module}), loss, lambda: {}, steps * 8, 8, rate=0.02
+        "line", nn.ModuleDict({"line": module}), loss, lambda: {}, steps * 8, 8, rate=0.2
     )
-    train.fit(stage, work, minutes_between_checks=0)
+    train.fit(stage, work, minutes=0)
     return module, losses
 
 
@@ -77,11 +77,63 @@ def test_an_interrupted_run_goes_on_as_if_nothing_had_been(tmp_path):
     assert losses[-1] < losses[0] / 10
 
 
+def test_a_loss_that_is_no_number_ends_the_run(tmp_path):
+    """... before the next checkpoint replaces the last."""
+    module, seen = nn.Linear(3, 1), []
+
+    def loss(generator: torch.Generator, progress: float) -> dict[str, torch.Tensor]:
+        seen.append(progress)
+        return {"loss": module.weight.sum() * (float("nan") if len(seen) > 30 else 1.0)}
+
+    stage = train.Stage("line", nn.ModuleDict({"line": module}), loss, lambda: {}, 100, 1, 0.1)
+    with pytest.raises(FloatingPointError, match="nan at step 30 of 100.*lower rate than 0.1"):
+        train.fit(stage, tmp_path, minutes=0)
+    saved = torch.load(tmp_path / "line.pt", weights_only=True)
+    assert saved["step"] == 20 and saved["modules"]["line.weight"].isfinite().all()
+
+
 def test_the_average_is_kept_not_the_last_weights(tmp_path):
     module, _ = line(60, tmp_path)
     saved = torch.load(tmp_path / "line.pt", weights_only=True)
     assert torch.equal(module.weight, saved["average"][0])
     assert not torch.equal(module.weight, saved["modules"]["line.weight"])
+
+
+@pytest.mark.parametrize("shape", [(3, 20, 48), (2, 48, 20)], ids=str)
+def test_muons_direction_is_the_nearest_orthogonal_matrix(shape):
+    """Newton-Schulz, five steps, against the singular value decomposition."""
+    x = torch.randn(shape, generator=torch.Generator().manual_seed(0))
+    found = train.orthogonal(x)
+    sizes = torch.linalg.svdvals(found)
+    assert sizes.min() > 0.5 and sizes.max() < 1.3  # 1, roughly: that is all five steps do
+    u, _, v = torch.linalg.svd(x, full_matrices=False)
+    assert torch.cosine_similarity(found.flatten(1), (u @ v).flatten(1)).min() > 0.97
+
+
+def test_muon_steps_are_as_long_as_adamws_and_fit_a_kernel():
+    """The root of the mean square of a step is about 0.2 of the rate, whatever the shape."""
+    weights = [nn.Parameter(torch.zeros(shape)) for shape in ((24, 40), (40, 24, 3, 3), (24, 40))]
+    rng = torch.Generator().manual_seed(0)
+    for p in weights:
+        p.grad = torch.randn(p.shape, generator=rng) * 1e-3  # its size does not matter
+    train.Muon(weights, lr=0.1).step()
+    for p in weights:
+        assert p.square().mean().sqrt().item() == pytest.approx(0.02, rel=0.3)
+        assert (p * p.grad).sum() < 0
+
+
+def test_what_is_looked_up_is_left_to_adamw():
+    modules = nn.ModuleDict(
+        {"text": train.make_text_encoder(TINY, 50), "vae": train.make_vae(TINY)}
+    )
+    stage = train.Stage("both", modules, lambda *_: {}, lambda: {}, 1, 1, 1e-3)
+    muon, adamw = (
+        {id(p) for group in optimizer.param_groups for p in group["params"]}
+        for optimizer in train.make_optimizers(stage)
+    )
+    for name, p in modules.named_parameters():
+        assert id(p) in (muon if p.ndim > 1 and "embeddings" not in name else adamw), name
+    assert len(muon) + len(adamw) == len(list(modules.parameters()))
 
 
 def test_a_trained_folder_loads_here_and_in_diffusers(folder):
@@ -97,8 +149,8 @@ def test_a_trained_folder_loads_here_and_in_diffusers(folder):
         latents=latents,
         num_inference_steps=4,
         guidance_scale=4.0,
-        height=64,
-        width=64,
+        height=128,
+        width=128,
         output_type="latent",
     ).images
     ours = minip2p.generate(model, prompt, latents=latents, num_inference_steps=4).latents
@@ -129,6 +181,45 @@ def test_word_maps_are_pulled_towards_the_masks():
     map_of_the_word = scores.detach().softmax(dim=-1)[0, 0, :, 5].view(16, 16)
     assert map_of_the_word[masks[0, 0] == 1].min() > 0.5
     assert map_of_the_word[masks[0, 0] == 0].max() < 0.05
+
+
+def test_a_map_that_is_all_one_word_has_a_finite_loss():
+    """In bfloat16 1 - 1e-4 is 1, and the logarithm of what is left of it is infinite."""
+    columns = torch.zeros(1, 77, 1, dtype=torch.bfloat16)
+    columns[0, 5] = 1
+    probs = torch.zeros(1, 1, 256, 77, dtype=torch.bfloat16)
+    probs[..., 5] = 1
+    words = train.WordMaps(columns)
+    words(probs.requires_grad_(), train.Site("", "up", True, 16, 16))
+    loss = words.loss(torch.zeros(1, 1, 16, 16), torch.ones(1, 1))
+    loss.backward()
+    assert loss.item() == pytest.approx(-torch.tensor(1e-4).log().item(), rel=1e-2)
+    assert probs.grad.isfinite().all()
+
+
+def test_word_maps_are_left_to_themselves_at_the_end():
+    def weights(until: float) -> list[float]:
+        preset = replace(TINY, supervise=0.2, supervise_until=until)
+        return [train.supervision(preset, progress) for progress in (0, 0.25, 0.5, 0.75, 1)]
+
+    assert weights(1.0) == pytest.approx([0.2, 0.2, 0.2, 0.15, 0])  # as it always was
+    assert weights(0.5) == pytest.approx([0.2, 0.15, 0, 0, 0])
+    assert weights(1 / 3) == pytest.approx([0.2, 0.05, 0, 0, 0])
+
+
+def test_crops_are_squares_of_the_pictures():
+    """Each pixel holds where it is: what is cut out goes on without a gap, from anywhere."""
+    places = torch.arange(32)
+    picture = torch.stack(torch.broadcast_tensors(places[:, None], places, torch.tensor(7)), dim=-1)
+    pictures = picture.expand(5, 32, 32, 3).to(torch.uint8).numpy()
+    data = train.Data([sample(SMALL, seed) for seed in range(5)], pictures, pictures)
+    crops = data.crops(200, 8, torch.Generator().manual_seed(0))
+    rows, columns, blue = ((crops + 1) * 127.5).round().unbind(dim=1)
+    assert crops.shape == (200, 3, 8, 8) and (blue == 7).all()
+    assert (rows.diff(dim=1) == 1).all() and (rows.diff(dim=2) == 0).all()
+    assert (columns.diff(dim=2) == 1).all() and (columns.diff(dim=1) == 0).all()
+    corners = rows[:, 0, 0], columns[:, 0, 0]
+    assert all(c.min() == 0 and c.max() == 24 for c in corners)
 
 
 @pytest.mark.parametrize("world", [FULL, SMALL], ids=lambda world: world.name)

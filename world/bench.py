@@ -2,8 +2,10 @@
 
     python -m world.bench                     everything, with the bundled model
     python -m world.bench swap maps --quick   two parts, on the few items that the tests use
+    python -m world.bench page                48 pictures, seeds 0 to 47, as they come: page.png
 
 captions   pictures of captions: is shown what they name?
+sharpness  as crisp as the VAE can draw, and as like unseen renders as other renders are?
 swap       one noun exchanged: the new one there, the old one gone, all else as it was? Without
            control, with the model's recommended windows, with LocalBlend
 sweep      the same for other windows of cross-attention, and of self-attention
@@ -41,11 +43,12 @@ from minip2p import AttentionStore, LocalBlend, Refine, Reweight, WordSwap, show
 from minip2p.settings import coarse_size, make_scheduler
 
 from .detector import BY_NATURE, Detector, Seen, blurred, load, look_of, to_tensor
-from .scenes import COLORS, Drawn, Scene, adjectives, average, draw, sample
+from .scenes import CANVAS, COLORS, Drawn, Scene, adjectives, average, draw, sample
 
 # First seed, number of items, and with --quick. Models are trained on seeds below 200,000.
 ITEMS = {
     "captions": (500_000, 200, 24),
+    "sharpness": (500_000, 200, 24),
     "swap": (600_000, 60, 10),
     "sweep": (600_000, 30, 2),
     "refine": (700_000, 40, 8),
@@ -59,6 +62,8 @@ SWEEP = (  # windows of cross- and self-attention
     *((0.8, self_) for self_ in (0.0, 0.2, 0.6, 0.8, 1.0)),
 )
 TIMESTEPS = (200, 400, 600, 800)  # of the word maps
+RENDERS = (1_000_000, 1000)  # first seed and number of those that generated pictures are likened to
+PAGE = 48  # pictures
 
 
 # ---- Figures -------------------------------------------------------------------------------------
@@ -101,6 +106,16 @@ def mean(values: Sequence[float], unit: str = "") -> Figure:
     return Figure(float(known.mean()), float(low), float(high), len(known), unit)
 
 
+def together(of: Callable[..., float], *values: Tensor, unit: str = "") -> Figure:
+    """A figure of all items together, `of(*values)`, with the bootstrap's standard interval: 1.96
+    deviations over resampled items (Efron & Tibshirani 1993, 12.5). values: n ... each"""
+    n, rng = len(values[0]), torch.Generator().manual_seed(0)
+    drawn = [torch.randint(n, (n,), generator=rng) for _ in range(200)]
+    half = 1.96 * float(np.std([of(*(v[rows] for v in values)) for rows in drawn]))
+    value = of(*values)
+    return Figure(value, value - half, value + half, n, unit)
+
+
 UNITS = {  # of numbers that have one
     **{"PSNR": "dB", "gain": "dB", "chance": "%"},
     **dict.fromkeys(("row 0", "background", "to truth", "in the thing"), "dB"),
@@ -115,13 +130,20 @@ class Facts(defaultdict[str, defaultdict[str, list]]):
 
     def table(self) -> Table:
         return {
-            row: {
-                name: share(v) if isinstance(v[0], bool) else mean(v, UNITS.get(name, ""))
-                for name, v in columns.items()
-                if not all(map(math.isnan, v))
-            }
+            row: {name: figure(name, v) for name, v in columns.items() if known(v)}
             for row, columns in self.items()
         }
+
+
+def known(values: Sequence) -> bool:
+    return isinstance(values[0], Figure) or not all(map(math.isnan, values))
+
+
+def figure(name: str, values: Sequence) -> Figure:
+    """Of what was noted of each item; what is a figure of all of them stays one."""
+    if isinstance(values[0], Figure):
+        return values[0]
+    return share(values) if isinstance(values[0], bool) else mean(values, UNITS.get(name, ""))
 
 
 def written(table: Table) -> str:
@@ -162,6 +184,22 @@ def ssim(x: Tensor, y: Tensor) -> Tensor:
     return ((2 * mean_x * mean_y + c1) * (2 * cov + c2)) / (
         (mean_x**2 + mean_y**2 + c1) * (var_x + var_y + c2)
     )
+
+
+def gradient_energy(x: Tensor) -> Tensor:
+    """Mean squared difference of neighbouring pixels, of each picture. x: b 3 h w → b"""
+    across, down = x.diff(dim=3).square(), x.diff(dim=2).square()
+    return across.mean(dim=(1, 2, 3)) + down.mean(dim=(1, 2, 3))
+
+
+def frechet(a: Tensor, b: Tensor) -> float:
+    """Squared distance of two normal distributions, those of two sets of features: n c, m c
+    (Dowson & Landau 1982; as FID, Heusel et al. 2017, eq. 6)"""
+    a, b = a.double(), b.double()
+    cov_a, cov_b = a.T.cov(), b.T.cov()
+    # trace of the root of cov_a cov_b: the product's eigenvalues are real and not negative
+    root = torch.linalg.eigvals(cov_a @ cov_b).real.clamp(min=0).sqrt().sum()
+    return float((a.mean(0) - b.mean(0)).square().sum() + cov_a.trace() + cov_b.trace() - 2 * root)
 
 
 def iou(a: Tensor, b: Tensor) -> float:
@@ -221,9 +259,10 @@ class Bench:
         n: int,
         fits: Callable[[Scene], object] = lambda scene: True,
         held_out: bool | None = None,
+        first: int | None = None,
     ) -> list[Scene]:
         """The part's first n scenes that fit and that the model has the words for."""
-        first = ITEMS[part][0]
+        first = ITEMS[part][0] if first is None else first
         every = (sample(self.detector.world, first + i, held_out) for i in range(50_000))
         chosen = list(islice((s for s in every if self.knows(s) and fits(s)), n))
         first, step = self.shard
@@ -302,6 +341,57 @@ class Bench:
             num_inference_steps=self.steps,
         )
         return out.images
+
+    def sharpness(self) -> Facts:
+        """Rows: generated pictures, renders of the same scenes as the VAE draws them, and renders.
+
+        Columns: gradient energy as a share of the second row's, at the model's size; as a share of
+        the renders', at 128 px; and the Fréchet distance to 1,000 other renders in the detector's
+        features, which for renders is what the number of pictures alone makes it.
+        """
+        scenes = self.scenes("sharpness", self.items("sharpness"), held_out=None)
+        pixels = self.model.sample_size[0] * self.model.vae.f
+        renders = [draw(scene).image for scene in scenes]
+        sets = {
+            "generated": [image for some in _batches(scenes, 16) for image in self.pictures(some)],
+            "as the VAE draws them": self.redrawn(renders),
+            "renders": renders,
+        }
+        others = self.scenes("sharpness", RENDERS[1], held_out=None, first=RENDERS[0])
+        likened = self.detector.features([draw(scene).image for scene in others])
+
+        def share_of(base: str, size: int, images: Sequence[Image.Image]) -> Figure:
+            x, y = (gradient_energy(to_tensor(some, size)) for some in (images, sets[base]))
+            return together(lambda a, b: float(a.mean() / b.mean()), x, y, unit="%")
+
+        facts = Facts()
+        for name, images in sets.items():
+            facts[name]["of the VAE's"] = [share_of("as the VAE draws them", pixels, images)]
+            facts[name]["of renders' at 128"] = [share_of("renders", CANVAS, images)]
+            features = self.detector.features(images)
+            facts[name]["Fréchet"] = [together(lambda some: frechet(some, likened), features)]
+        columns = [[(image, name, []) for image in images] for name, images in sets.items()]
+        self.save("sharpness", list(zip(*columns, strict=True)))
+        return facts
+
+    @torch.inference_mode()
+    def redrawn(self, images: Sequence[Image.Image]) -> list[Image.Image]:
+        """Pictures, encoded and decoded at the model's size."""
+        pixels, vae = self.model.sample_size[0] * self.model.vae.f, self.model.vae
+        parts = [to_tensor(some, pixels).to(self.model.device) for some in _batches(images, 8)]
+        return [image for x in parts for image in show.to_images(vae.decode(vae.encode(x)))]
+
+    def page(self, file: Path) -> None:
+        """48 captions in order, with seeds 0 to 47, as they come."""
+        images, texts = [], []
+        for seed, scene in enumerate(self.scenes("captions", PAGE, held_out=None)):
+            out = minip2p.generate(
+                self.model, scene.caption, seed=seed, num_inference_steps=self.steps
+            )
+            images += out.images
+            texts.append(scene.caption)
+        show.row(images, texts, columns=8).save(file)
+        print(file)
 
     def swap(self) -> Facts:
         """None of the windows given: the model's recommendation."""
@@ -515,7 +605,7 @@ def _batches(items: Sequence, n: int) -> Iterator[Sequence]:
 def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description="EmojiBench: measure a model of the emoji world.")
     parser.add_argument(
-        "parts", nargs="*", metavar="PART", help=", ".join(ITEMS) + "; default: all"
+        "parts", nargs="*", metavar="PART", help=", ".join(ITEMS) + ", page; default: all but it"
     )
     parser.add_argument("--model", default="emoji", help="what minip2p.load takes")
     parser.add_argument("--quick", action="store_true", help="few items")
@@ -525,15 +615,20 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--workers", type=int, help="processes that share the items, on Ray")
     parser.add_argument("--address", help="auto, or HOST:PORT of a Ray cluster, for the same")
     given = parser.parse_args(arguments)
-    if unknown := [part for part in given.parts if part not in ITEMS]:
-        parser.error(f"there is no part {unknown[0]!r}, only: {', '.join(ITEMS)}")
+    names = (*ITEMS, "page")
+    if unknown := [part for part in given.parts if part not in names]:
+        parser.error(f"there is no part {unknown[0]!r}, only: {', '.join(names)}")
 
     model = minip2p.load(given.model)
     detector = load()
     windows = {name: value for name, value in model.defaults.items() if name != "words"}
     print(f"{given.model}: {given.steps} steps; the model recommends {windows}")
     bench = Bench(model, detector, given.quick, given.steps, given.pictures)
-    parts = given.parts or tuple(ITEMS)
+    if "page" in given.parts:
+        folder = given.pictures or Path(".")
+        folder.mkdir(parents=True, exist_ok=True)
+        bench.page(folder / "page.png")
+    parts = [part for part in given.parts or ITEMS if part != "page"]
     if given.workers or given.address:
         from .shared import shared_out
 

@@ -2,18 +2,23 @@
 
     python -m world.detector                         renders scenes, learns, writes its file
     python -m world.detector --reconstruct FOLDER    half of them as that model's VAE draws them
+    python -m world.detector --before CHECKOUT       half of them as an earlier world drew them
 
-It learns from renders, some of them blurred, noisy or pale, as generated pictures are. What is
-blurred beyond recognition it learns to call nothing, lest colours alone pass for a thing.
+It learns from renders, some of them a little blurred, bent, noisy or pale. It is as strict as an
+eye: things that are smeared, as an unfinished model smears them, or blurred beyond recognition, it
+learns to call nothing, lest colours and rough shapes pass for a thing.
 
-Shapes:  b pictures · n nouns · 16 16 cells of a picture, 4 x 4 pixels each
+Shapes:  b pictures · n nouns · 16 16 cells of a picture, 8 x 8 pixels each
 """
 
 import argparse
 import json
+import sys
 import time
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
+from importlib import import_module
+from importlib.util import module_from_spec, spec_from_file_location
 from pathlib import Path
 from typing import Any
 
@@ -27,14 +32,18 @@ from torch.nn import functional as F
 
 import minip2p
 
-from .scenes import COLORS, SMALL, WORLDS, Scene, World, adjectives, average, draw, sample
+from . import scenes
+from .scenes import COLORS, SMALL, WORLDS, Scene, World, adjectives, average
 
 FILE = Path(__file__).with_name("detector.safetensors")
-PIXELS, CELLS = 64, 16  # on each side
+PIXELS, CELLS = 128, 16  # on each side
+FINE, SPOILT = 1.2, 2.5  # pixels that a thing's parts are moved: still it; no longer it
+CRISP, MUSH = 1.5, 3.0  # the same for the deviation of a blur
 TRAINING, CHECK = 300_000, 400_000  # first seeds; models are trained on those below 200,000
 LOOKS = ("", "painting", "sketch", "watercolour")  # "" is a photo, said or not
 HUES = ("natural", *COLORS)
 BY_NATURE = {"car": "red", "motorcycle": "red", "sofa": "blue", "tractor": "green"}
+SURE = 0.9  # presence above which a thing is there; 96 of 100 in renders are
 NONE = -100  # the class that cross_entropy leaves out
 
 
@@ -67,16 +76,18 @@ class Block(nn.Module):
 
 
 class Detector(nn.Module):
-    """pictures in [-1, 1]: b 3 64 64 → logits of nouns b n 16 16, hues b 4 16 16, place, look"""
+    """pictures in [-1, 1]: b 3 128 128 → logits of nouns b n 16 16, hues b 4 16 16, place, look"""
 
     def __init__(self, world: World, c: int = 64):
         super().__init__()
         self.world = world
         self.looks = [look for look in LOOKS if not look or look in world.styles]
         self.stem = nn.Sequential(
-            nn.Conv2d(3, 24, 5, stride=2, padding=2),
+            nn.Conv2d(3, 16, 4, stride=2, padding=1),
             nn.SiLU(),
-            nn.Conv2d(24, c, 4, stride=2, padding=1),
+            nn.Conv2d(16, 32, 4, stride=2, padding=1),
+            nn.SiLU(),
+            nn.Conv2d(32, c, 4, stride=2, padding=1),
             Block(c),
         )
         self.around = nn.Sequential(nn.Conv2d(c, c, 3, stride=2, padding=1), Block(c))  # b c 8 8
@@ -87,15 +98,25 @@ class Detector(nn.Module):
         self.look = nn.Linear(c, len(self.looks))
         nn.init.constant_(self.nouns.bias, -4)  # most cells are no thing
 
-    def forward(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    def cells(self, x: Tensor) -> Tensor:
+        """→ b c 16 16"""
         x = self.stem(x)
-        x = self.end(x + F.interpolate(self.around(x), scale_factor=2))
+        return self.end(x + F.interpolate(self.around(x), scale_factor=2))
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        x = self.cells(x)
         whole = x.mean(dim=(2, 3))
         return self.nouns(x), self.hues(x), self.place(whole), self.look(whole)
 
     @torch.inference_mode()
+    def features(self, pictures: Sequence[Image.Image] | Tensor) -> Tensor:
+        """Of each whole picture, what place and look are told by. → b c"""
+        x = pictures if isinstance(pictures, Tensor) else to_tensor(pictures)
+        return torch.cat([self.cells(some).mean(dim=(2, 3)) for some in x.split(64)])
+
+    @torch.inference_mode()
     def see(self, pictures: Sequence[Image.Image] | Tensor) -> "Seen":
-        """pictures: PIL images of any size, or b 3 64 64 in [-1, 1]"""
+        """pictures: PIL images of any size, or b 3 128 128 in [-1, 1]"""
         x = pictures if isinstance(pictures, Tensor) else to_tensor(pictures)
         parts = [self(some) for some in x.split(64)]
         nouns, hues, place, look = (torch.cat(p) for p in zip(*parts, strict=True))
@@ -116,13 +137,13 @@ class Seen:
 
     nouns: tuple[str, ...]
     cells: Tensor  # b n 16 16: the probability that a cell shows a noun
-    presence: Tensor  # b n: the mean of a noun's four most probable cells; above 0.5 it is there
+    presence: Tensor  # b n: the mean of a noun's four most probable cells; above SURE it is there
     hues: Tensor  # b 4 16 16
     places: list[str]
     looks: list[str]
 
     def shows(self, picture: int, noun: str) -> bool:
-        return bool(self.presence[picture, self.nouns.index(noun)] > 0.5)
+        return bool(self.presence[picture, self.nouns.index(noun)] > SURE)
 
     def shown(self, picture: int) -> list[str]:
         return [noun for noun in self.nouns if self.shows(picture, noun)]
@@ -142,11 +163,13 @@ class Seen:
 
 
 def to_tensor(pictures: Sequence[Image.Image], pixels: int = PIXELS) -> Tensor:
-    """b pictures of any size → in [-1, 1]: b 3 h w"""
-    small = [
-        np.array(p.convert("RGB").resize((pixels, pixels), Image.Resampling.BOX)) for p in pictures
+    """b pictures of any size, averaged or smoothly enlarged → in [-1, 1]: b 3 h w"""
+    ways = {True: Image.Resampling.BICUBIC, False: Image.Resampling.BOX}
+    sized = [
+        np.array(p.convert("RGB").resize((pixels, pixels), ways[p.width < pixels]))
+        for p in pictures
     ]
-    return torch.from_numpy(np.stack(small)).permute(0, 3, 1, 2) / 127.5 - 1
+    return torch.from_numpy(np.stack(sized)).permute(0, 3, 1, 2) / 127.5 - 1
 
 
 def load(file: Path = FILE) -> Detector:
@@ -168,30 +191,52 @@ class Renders:
     """Scenes as tensors: what the net sees and what it should say."""
 
     scenes: list[Scene]
-    pictures: Tensor  # b 3 64 64, bytes
+    pictures: Tensor  # b 3 128 128, bytes
     nouns: Tensor  # b n 16 16, bool
     hues: Tensor  # b 16 16, classes; NONE outside of things that have a colour
     places: Tensor  # b, classes
     looks: Tensor
 
 
-def render(detector: Detector, seeds: Iterable[int]) -> Renders:
-    """Scenes of any pair of nouns, trained on by the models or not."""
+def render(detector: Detector, seeds: Iterable[int], drawing: Any = scenes) -> Renders:
+    """Scenes of any pair of nouns, trained on by the models or not.
+
+    drawing: the module that samples and draws them; an earlier one knows fewer words.
+    """
     world = detector.world
-    scenes = [sample(world, seed, held_out=None) for seed in seeds]
-    pictures = torch.empty(len(scenes), 3, PIXELS, PIXELS, dtype=torch.uint8)
-    nouns = torch.zeros(len(scenes), len(world.nouns), CELLS, CELLS, dtype=torch.bool)
-    hues = torch.full((len(scenes), CELLS, CELLS), NONE)
-    for i, scene in enumerate(scenes):
-        drawn = draw(scene, PIXELS)
+    theirs = drawing.WORLDS[world.name]
+    found = [drawing.sample(theirs, seed, held_out=None) for seed in seeds]
+    pictures = torch.empty(len(found), 3, PIXELS, PIXELS, dtype=torch.uint8)
+    nouns = torch.zeros(len(found), len(world.nouns), CELLS, CELLS, dtype=torch.bool)
+    hues = torch.full((len(found), CELLS, CELLS), NONE)
+    for i, scene in enumerate(found):
+        drawn = drawing.draw(scene, PIXELS)
         pictures[i] = torch.from_numpy(np.array(drawn.image)).permute(2, 0, 1)
         for noun, mask in drawn.masks.items():
             nouns[i, world.nouns.index(noun)] = covered(mask)
         if color := color_of(scene):
             hues[i, covered(drawn.masks[scene.object])] = HUES.index(color)
-    places = torch.tensor([world.places.index(scene.place) for scene in scenes])
-    looks = torch.tensor([detector.looks.index(look_of(scene)) for scene in scenes])
-    return Renders(scenes, pictures, nouns, hues, places, looks)
+    places = torch.tensor([world.places.index(scene.place) for scene in found])
+    looks = torch.tensor([detector.looks.index(look_of(scene)) for scene in found])
+    return Renders(found, pictures, nouns, hues, places, looks)
+
+
+def together(a: Renders, b: Renders) -> Renders:
+    """All of both."""
+    pairs = [(getattr(a, f.name), getattr(b, f.name)) for f in fields(Renders)]
+    return Renders(*(x + y if isinstance(x, list) else torch.cat([x, y]) for x, y in pairs))
+
+
+def earlier(checkout: Path) -> Any:
+    """world/scenes.py of another checkout, beside this one."""
+    folder = checkout / "world"
+    spec = spec_from_file_location(
+        "earlier_world", folder / "__init__.py", submodule_search_locations=[str(folder)]
+    )
+    if spec is None or spec.loader is None or not folder.is_dir():
+        raise FileNotFoundError(f"{folder} is not there: give a checkout of the repository.")
+    sys.modules["earlier_world"] = module_from_spec(spec)
+    return import_module("earlier_world.scenes")
 
 
 def covered(mask: np.ndarray) -> Tensor:
@@ -202,42 +247,80 @@ def covered(mask: np.ndarray) -> Tensor:
 
 
 @torch.inference_mode()
-def reconstruct(vae: minip2p.vae.VAE, pictures: Tensor) -> Tensor:
-    """The pictures, bytes, as the VAE draws them."""
-    drawn = [vae.decode(vae.encode(some / 127.5 - 1)).clamp(-1, 1) for some in pictures.split(32)]
-    return ((torch.cat(drawn) + 1) * 127.5).round().to(torch.uint8)
+def reconstruct(model: minip2p.StableDiffusion, pictures: Tensor) -> Tensor:
+    """The pictures, bytes, as a model's VAE draws them at its own size."""
+    size = model.sample_size[0] * model.vae.f
+    parts = []
+    for some in pictures.split(32):
+        x = F.interpolate(some / 127.5 - 1, (size, size), mode="area")
+        y = model.vae.decode(model.vae.encode(x))
+        y = F.interpolate(y, pictures.shape[2:], mode="bicubic", antialias=True)
+        parts.append(((y.clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8))
+    return torch.cat(parts)
+
+
+def amount(x: Tensor, low: float, high: float, rng: torch.Generator) -> Tensor:
+    """One for each picture. x: b ... → b 1 1 1"""
+    return low + (high - low) * torch.rand(len(x), 1, 1, 1, generator=rng)
 
 
 def worsen(x: Tensor, rng: torch.Generator) -> Tensor:
-    """Blurred, pale, noisy and moved by a pixel, each picture by its own random amount."""
+    """Bent, blurred, pale and noisy, each picture by its own amount: all can still be told."""
+    x = melted(x, amount(x, 0, FINE, rng), rng)
+    x = x.lerp(blurred(x, CRISP), amount(x, 0, 1, rng))
+    x = x * amount(x, 0.75, 1.15, rng) + amount(x, -0.1, 0.1, rng)
+    return (x + amount(x, 0, 0.1, rng) * torch.randn(x.shape, generator=rng)).clamp(-1, 1)
 
-    def amount(low: float, high: float) -> Tensor:
-        return low + (high - low) * torch.rand(len(x), 1, 1, 1, generator=rng)
 
-    dy, dx = (int(torch.randint(-1, 2, (), generator=rng)) for _ in range(2))
-    x = x.roll((dy, dx), dims=(2, 3))
-    x = x.lerp(blurred(x, 1.3), amount(0, 1))
-    x = x * amount(0.75, 1.15) + amount(-0.1, 0.1)
-    return (x + amount(0, 0.12) * torch.randn(x.shape, generator=rng)).clamp(-1, 1)
+def spoil(x: Tensor, nouns: Tensor, rng: torch.Generator) -> tuple[Tensor, Tensor]:
+    """Smear or blur the first half of the pictures wholly, of the others one thing.
+
+    Places and looks can still be told. x: b 3 h w, nouns: b n 16 16, those that can be told → both
+    """
+    little, much = (float(torch.rand((), generator=rng)) for _ in range(2))
+    bad = melted(x, amount(x, SPOILT, 3 * SPOILT, rng), rng)
+    bad = blurred(bad, 0.8 + (CRISP - 0.3) * little)
+    fog = blurred(x, MUSH * (1 + much))
+    bad = torch.where(torch.rand(len(x), 1, 1, 1, generator=rng) < 0.7, bad, fog)
+    there = nouns.amax(dim=(2, 3))  # b n
+    chosen = (there * (0.1 + torch.rand(there.shape, generator=rng))).argmax(dim=1)
+    hit = F.one_hot(chosen, there.shape[1]).to(nouns) * there
+    hit[: len(x) // 2] = there[: len(x) // 2]
+    region = (nouns * hit[:, :, None, None]).amax(dim=1, keepdim=True)  # b 1 16 16
+    region = F.max_pool2d(region, 3, stride=1, padding=1)
+    soft = F.interpolate(region, x.shape[2:], mode="bilinear")
+    soft[: len(x) // 2] = 1
+    return x.lerp(bad, soft), nouns * (1 - hit)[:, :, None, None]
+
+
+def melted(x: Tensor, far: Tensor | float, rng: torch.Generator) -> Tensor:
+    """Every part moved somewhere, by about `far` pixels, neighbours alike. x: b 3 h w"""
+    b, _, h, w = x.shape
+    grid = (12, 16, 24)[int(torch.randint(3, (), generator=rng))]
+    moves = far * 2 / w * torch.randn(b, 2, grid, grid, generator=rng)
+    moves = F.interpolate(moves, (h, w), mode="bicubic").permute(0, 2, 3, 1)  # b h w 2
+    still = F.affine_grid(torch.eye(2, 3).expand(b, 2, 3), [b, 1, h, w], align_corners=False)
+    return F.grid_sample(x, still + moves, padding_mode="reflection", align_corners=False)
 
 
 def blurred(x: Tensor, sigma: float) -> Tensor:
-    places = torch.arange(-5.0, 6.0)
+    reach = max(5, round(3 * sigma))
+    places = torch.arange(-reach, reach + 1.0)
     bell = (-(places**2) / (2 * sigma**2)).exp()
     bell = (bell / bell.sum()).expand(x.shape[1], 1, 1, -1)
-    x = F.pad(x, (5, 5, 5, 5), mode="replicate")
+    x = F.pad(x, [reach] * 4, mode="replicate")
     return F.conv2d(F.conv2d(x, bell, groups=x.shape[1]), bell.mT, groups=x.shape[1])
 
 
 def blobs(x: Tensor) -> Tensor:
     """Only the colours of 8 x 8 places: too little to know a thing by."""
-    return F.interpolate(F.avg_pool2d(x, 8), scale_factor=8, mode="bicubic").clamp(-1, 1)
+    return F.interpolate(F.avg_pool2d(x, 16), scale_factor=16, mode="bicubic").clamp(-1, 1)
 
 
 # ---- Learning and checking -----------------------------------------------------------------------
 
 
-def train(detector: Detector, renders: Renders, steps: int, batch: int = 64) -> None:
+def train(detector: Detector, renders: Renders, steps: int, batch: int = 48) -> None:
     rng = torch.Generator().manual_seed(0)
     optimizer = torch.optim.AdamW(detector.parameters(), weight_decay=0.01)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 3e-3, total_steps=steps)
@@ -251,9 +334,11 @@ def train(detector: Detector, renders: Renders, steps: int, batch: int = 64) -> 
         )
         x = worsen(renders.pictures[rows] / 127.5 - 1, rng)
         hues = renders.hues[rows]
-        spoilt = batch // 8
-        x[:spoilt], nouns[:spoilt] = blobs(x[:spoilt]), 0
-        hues[:spoilt] = places[:spoilt] = looks[:spoilt] = NONE
+        empty, spoilt = slice(batch // 8), slice(batch // 8, batch // 2)
+        x[empty], nouns[empty] = blobs(x[empty]), 0
+        hues[empty] = places[empty] = looks[empty] = NONE
+        x[spoilt], nouns[spoilt] = spoil(x[spoilt], nouns[spoilt], rng)
+        hues[spoilt] = NONE
 
         says_nouns, says_hues, says_place, says_look = detector(x)
         loss = (
@@ -292,8 +377,18 @@ def check(detector: Detector, renders: Renders, pictures: Tensor | None = None) 
         judge("style", seen.looks[i] == look_of(scene))
         if color := color_of(scene):
             judge("colour", seen.color(i, scene.object) == color)
-    empty = detector.see(blobs(pictures / 127.5 - 1))
-    judged["blob taken for a thing"] = [bool(empty.shown(i)) for i in range(len(renders.scenes))]
+    x, rng = pictures / 127.5 - 1, torch.Generator().manual_seed(2)
+    empty = detector.see(blobs(x))
+    judged["blob taken for a thing"] = [bool(empty.shown(i)) for i in range(len(x))]
+    spoilt = {
+        "smeared": blurred(melted(x, 1.5 * SPOILT, rng), 1.0),
+        "blurred": blurred(x, 1.5 * MUSH),
+    }
+    for how, bad in spoilt.items():
+        seen = detector.see(bad)
+        judged[f"{how} thing seen"] = [
+            seen.shows(i, noun) for i, scene in enumerate(renders.scenes) for noun in scene.nouns
+        ]
     return {what: float(np.mean(right)) for what, right in judged.items()}
 
 
@@ -301,25 +396,33 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description="Train the detector that judges pictures.")
     parser.add_argument("--world", default=SMALL.name, choices=WORLDS)
     parser.add_argument("--renders", type=int, default=12_000)
-    parser.add_argument("--steps", type=int, default=1000)
+    parser.add_argument("--steps", type=int, default=2000)
     parser.add_argument("--reconstruct", metavar="FOLDER", help="a model whose VAE draws half")
+    parser.add_argument("--before", type=Path, metavar="CHECKOUT", help="an earlier world, too")
+    parser.add_argument("--on", type=Path, metavar="FILE", help="a detector that learns on")
     parser.add_argument("--out", type=Path, default=FILE)
     given = parser.parse_args(arguments)
 
     torch.manual_seed(0)
     detector = Detector(WORLDS[given.world])
+    if given.on:
+        detector.load_state_dict(load(given.on).state_dict())
     print(f"{sum(p.numel() for p in detector.parameters()):,} parameters")
-    renders = render(detector, range(TRAINING, TRAINING + given.renders))
+    n = given.renders // 2 if given.before else given.renders
+    renders = render(detector, range(TRAINING, TRAINING + n))
     fresh = render(detector, range(CHECK, CHECK + max(1, given.renders // 12)))
     worse = worsen(fresh.pictures / 127.5 - 1, torch.Generator().manual_seed(1))
     pictures = {
         "renders": fresh.pictures,
         "worsened": ((worse + 1) * 127.5).round().to(torch.uint8),
     }
+    if given.before:
+        theirs = render(detector, range(TRAINING, TRAINING + n), earlier(given.before))
+        renders = together(renders, theirs)
     if given.reconstruct:
-        vae = minip2p.load(given.reconstruct).vae
-        renders.pictures[::2] = reconstruct(vae, renders.pictures[::2])
-        pictures["reconstructed"] = reconstruct(vae, fresh.pictures)
+        model = minip2p.load(given.reconstruct)
+        renders.pictures[::2] = reconstruct(model, renders.pictures[::2])
+        pictures["reconstructed"] = reconstruct(model, fresh.pictures)
 
     train(detector, renders, given.steps)
     detector.half().float().eval()  # as the file will have it

@@ -18,14 +18,14 @@ CELL, COLUMNS = 96, 8  # pixels on each side of a cell; cells in a row
 
 # fmt: off
 ANIMALS = {
-    "squirrel": "🐿️", "lion": "🦁", "cat": "🐈", "dog": "🐕", "rabbit": "🐇", "bird": "🐦",
+    "squirrel": "🐿️", "lion": "🦁", "cat": "🐱", "dog": "🐕", "rabbit": "🐇", "bird": "🐦",
     "mouse": "🐁", "deer": "🦌", "panda": "🐼", "fox": "🦊", "bear": "🐻", "tiger": "🐅",
     "elephant": "🐘", "monkey": "🐒", "penguin": "🐧", "owl": "🦉", "frog": "🐸", "pig": "🐖",
 }
 FOODS = {
     "burger": "🍔", "pizza": "🍕", "cake": "🍰", "apple": "🍎", "banana": "🍌", "donut": "🍩",
     "watermelon": "🍉", "spaghetti": "🍝", "strawberry": "🍓", "carrot": "🥕", "cookie": "🍪",
-    "sandwich": "🥪", "cheese": "🧀",
+    "sandwich": "🥪", "cheese": "🧀", "pretzel": "🥨",
 }
 VEHICLES = {
     "bicycle": "🚲", "car": "🚗", "motorcycle": "🏍️", "tractor": "🚜", "skateboard": "🛹",
@@ -35,6 +35,7 @@ FURNITURE = {"sofa": "🛋️", "chair": "🪑", "bed": "🛏️"}
 SCENERY = {"tree": "🌲", "palm": "🌴"}
 # fmt: on
 GLYPHS = {**ANIMALS, **FOODS, **VEHICLES, **FURNITURE, **SCENERY}
+THIN = {"bicycle": 2, "deer": 1}  # lines that are lost in a small picture: wider by so many pixels
 
 
 @cache
@@ -54,12 +55,27 @@ def draw_sheet(font_file: str = FONT) -> Image.Image:
     font = ImageFont.truetype(font_file, 109)  # the one size that the bitmap font has
     rows = -(-len(GLYPHS) // COLUMNS)
     whole = Image.new("RGBA", (COLUMNS * CELL, rows * CELL))
-    for i, text in enumerate(GLYPHS.values()):
+    for i, (name, text) in enumerate(GLYPHS.items()):
         one = Image.new("RGBA", (170, 170))
         ImageDraw.Draw(one).text((10, 10), text, font=font, embedded_color=True)
         one = one.crop(one.getbbox())
+        if name in THIN:
+            one = thickened(one, THIN[name])
         one.thumbnail((CELL, CELL), Image.Resampling.LANCZOS)
         whole.paste(one, (i % COLUMNS * CELL, i // COLUMNS * CELL))
+    return whole
+
+
+def thickened(picture: Image.Image, far: int) -> Image.Image:
+    """The picture over copies of itself that are moved by up to so many pixels."""
+    steps = range(-far, far + 1)
+    moves = sorted(((x, y) for x in steps for y in steps), key=lambda m: -(m[0] ** 2 + m[1] ** 2))
+    size = tuple(side + 2 * far for side in picture.size)
+    whole = Image.new("RGBA", size)
+    for x, y in moves:  # the picture itself comes last
+        layer = Image.new("RGBA", size)
+        layer.paste(picture, (far + x, far + y))
+        whole = Image.alpha_composite(whole, layer)
     return whole
 
 

@@ -10,7 +10,7 @@ caption is exchanged, and the result is compared with the input outside of the o
 thing, and with the true picture, which no photograph has.
 
 row 0        of the source's row to the VAE's picture of the input, in dB: 60 is as exact as it gets
-background   outside of both things and the three pixels around them, to the input
+background   outside of both things and a twentieth of the width around them, to the input
 to truth     the whole picture to the true one
 IoU          of the cells where the new thing is seen, to those where it truly is
 work         rows that the UNet computes for a picture: of the inversion, and of the edit
@@ -128,9 +128,11 @@ class Pair:
 
     @property
     def changed(self) -> Tensor:
-        """h w, bool: where either thing is, and three pixels around."""
+        """h w, bool: where either thing is, and a twentieth of the width around."""
         things = torch.from_numpy(self.given.masks[self.old] + self.true.masks[self.new])
-        return F.max_pool2d((things[None] > 0).float(), 7, stride=1, padding=3)[0] > 0
+        reach = round(things.shape[1] / 20)
+        near = F.max_pool2d((things[None] > 0).float(), 2 * reach + 1, stride=1, padding=reach)
+        return near[0] > 0
 
 
 def made(

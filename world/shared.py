@@ -18,7 +18,7 @@ from .bench import ITEMS, Bench, Facts, Table, tell
 from .detector import load
 
 SHARES = 64  # of a part, at most: so many workers find work, and the last ones wait for little
-WHOLE = ("captions", "maps")  # one share: their items are compared, or noised, with each other
+WHOLE = ("captions", "sharpness", "maps")  # one share: items compared, or noised, with each other
 
 
 @dataclass(frozen=True)

@@ -1,7 +1,7 @@
 """Train a small Stable Diffusion on the world, from nothing to a folder that minip2p.load() takes.
 
-    python -m world.train --out FOLDER                 two CPU cores: the small world, 64 px, f = 4
-    python -m world.train --preset full --out FOLDER   one GPU: the full world, 128 px, f = 8
+    python -m world.train --out FOLDER                 two CPU cores: the small world
+    python -m world.train --preset full --out FOLDER   one GPU: the full world
 
 Three stages, each of which goes on where it was when the command is given again: scenes are drawn,
 the VAE learns to write and read them, then UNet and text encoder learn to denoise together.
@@ -43,7 +43,7 @@ from minip2p.weights.clip import load_tokenizer
 from . import scenes as world
 from .vocabulary import save_tokenizer
 
-LATENT = 16  # height and width of every latent: 64 px with f = 4, 128 px with f = 8
+LATENT = 16  # height and width of every latent
 HEADS = 4
 BRANCH = 0.25  # of a stage: the last part, in which the learning rate falls
 VALIDATION = 200_000  # first seed of scenes that are never trained on
@@ -65,14 +65,16 @@ class Preset:
     batch: int
     width: int = 128  # of a token
     text_layers: int = 2
-    vae_rate: float = 2e-3
-    rate: float = 1e-3
+    vae_rate: float = 1e-3  # at 2e-3 the VAE of four levels stays at 18 dB
+    rate: float = 2e-3
     supervise: float = 0.2  # weight of the loss on word maps; 0 leaves them to themselves
+    supervise_until: float = 1.0  # share of the samples after which they are left to themselves
+    crop: int = 64  # pixels on each side of what the VAE sees most of the time
 
 
 PRESETS = {
-    "small": Preset(world.SMALL, 64, 40_000, (16, 32, 64), 8, 64_000, 8, (64, 96, 128, 96),
-                    82_000, 16),
+    "small": Preset(world.SMALL, 128, 60_000, (16, 32, 64, 128), 8, 240_000, 16,
+                    (64, 96, 128, 96), 400_000, 64),
     "full": Preset(world.FULL, 128, 60_000, (32, 64, 128, 128), 32, 400_000, 64,
                    (64, 96, 128, 96), 3_000_000, 256),
 }  # fmt: skip
@@ -92,77 +94,142 @@ class Stage:
     samples: int
     batch: int  # of all processes together
     rate: float
+    longest: float = 1.0  # of the gradient: what is longer is shortened
 
 
-def fit(stage: Stage, work: Path, minutes_between_checks: float = 4.0) -> None:
-    """Train until `samples` were seen, and leave the average of the weights over the last steps."""
+class Muon(torch.optim.Optimizer):
+    """Steps along the nearest orthogonal matrix of each weight's momentum (Jordan et al. 2024).
+
+    A convolution's kernel counts as a matrix of outputs and all else. Steps are as long as AdamW's
+    (Liu et al. 2025, eq. 4), so that both share a rate.
+    """
+
+    def __init__(self, weights: list[nn.Parameter], lr: float):
+        super().__init__(weights, {"lr": lr, "momentum": 0.95, "weight_decay": 0.01})
+
+    @torch.no_grad()
+    def step(self, closure: None = None) -> None:
+        for group in self.param_groups:
+            same: dict[tuple[int, int], list[nn.Parameter]] = {}
+            for p in group["params"]:
+                if p.grad is not None:
+                    same.setdefault(tuple(p.flatten(1).shape), []).append(p)
+            for shape, weights in same.items():
+                momentum = []
+                for p in weights:
+                    kept = self.state[p].setdefault("momentum", torch.zeros_like(p))
+                    kept.lerp_(p.grad, 1 - group["momentum"])
+                    momentum.append(p.grad.lerp(kept, group["momentum"]).flatten(1))
+                steps = orthogonal(torch.stack(momentum))
+                length = 0.2 * max(shape) ** 0.5 * group["lr"]
+                for p, direction in zip(weights, steps, strict=True):
+                    p.mul_(1 - group["lr"] * group["weight_decay"])
+                    p.sub_(direction.view_as(p), alpha=length)
+
+
+def orthogonal(x: Tensor) -> Tensor:
+    """x: n rows columns → about U V^T of each x = U S V^T, by five Newton-Schulz steps."""
+    wide = x.shape[1] <= x.shape[2]
+    y = x if wide else x.mT
+    y = y / (y.norm(dim=(1, 2), keepdim=True) + 1e-7)
+    y = y.bfloat16()
+    for _ in range(5):
+        square = y @ y.mT
+        y = 3.4445 * y + (-4.7750 * square + 2.0315 * square @ square) @ y
+    return (y if wide else y.mT).to(x)
+
+
+def fit(stage: Stage, work: Path, minutes: float = 4.0) -> None:
+    """Train until `samples` were seen, and leave the average of the weights over the last steps.
+
+    minutes: between checkpoints, by the clock; and between checks, of this process's own time, lest
+    a run that has to wait for others does little else.
+    """
     parameters = list(stage.modules.parameters())
     average = [p.detach().clone() for p in parameters]
-    optimizer = torch.optim.AdamW(
-        parameters, lr=stage.rate, betas=(0.9, 0.99), weight_decay=0.01, fused=True
-    )
+    optimizers = make_optimizers(stage)
     file, step, seconds = work / f"{stage.name}.pt", 0, 0.0
     if file.exists():
         saved = torch.load(file, weights_only=True, map_location=parameters[0].device)
         stage.modules.load_state_dict(saved["modules"])
-        optimizer.load_state_dict(saved["optimizer"])
+        for optimizer, state in zip(optimizers, saved["optimizers"], strict=True):
+            optimizer.load_state_dict(state)
         average, step, seconds = saved["average"], saved["step"], saved["seconds"]
 
     steps = math.ceil(stage.samples / stage.batch)
-    log = Log(work / "log.csv", stage.name) if main_process() else None
-    bar = tqdm(total=steps, initial=step, desc=stage.name, disable=log is None)
-    sums: dict[str, list[float]] = {}
-    checked = time.monotonic()
-    start = checked - seconds
+    log = Log(work / "log.csv", stage, steps, step, seconds) if main_process() else None
+    kept, checked = time.monotonic(), time.process_time()
     while step < steps:
-        progress = step / steps
-        rate = stage.rate * min(1, (step + 1) / 100, (1 - progress) / BRANCH)
-        for group in optimizer.param_groups:
-            group["lr"] = rate
-        # A seed for each step and process: a run that was interrupted goes on as it would have.
-        seed = (step * processes() + rank()) * 2 + (stage.name == "unet")
-        losses = stage.loss(torch.Generator().manual_seed(seed), progress)
-        optimizer.zero_grad(set_to_none=True)
-        losses["loss"].backward()
-        share_gradients(parameters)
-        nn.utils.clip_grad_norm_(parameters, 1.0)
-        optimizer.step()
+        losses = take_step(stage, optimizers, parameters, step, step / steps)
+        if not losses["loss"].isfinite():
+            where = f"{file} has the weights of the last checkpoint" if file.exists() else "no file"
+            raise FloatingPointError(
+                f"{stage.name}: the loss is {losses['loss'].item()} at step {step} of {steps}; "
+                f"{where}: try a lower rate than {stage.rate}."
+            )
         step += 1
         keep = min(0.999, (1 + step) / (10 + step))
         torch._foreach_lerp_(average, [p.detach() for p in parameters], 1 - keep)
-
-        bar.update()
-        for name, value in losses.items():
-            sums.setdefault(name, []).append(value.item())
-        if log and step % 50 == 0:
-            means = {name: sum(values) / len(values) for name, values in sums.items()}
-            log.write(step * stage.batch, time.monotonic() - start, means)
-            bar.set_postfix_str(" ".join(f"{k} {v:.4f}" for k, v in means.items()))
-            sums.clear()
-        # The first process keeps the time for all.
-        due = torch.tensor(float(time.monotonic() - checked > 60 * minutes_between_checks))
-        if step % 20 == 0 or step == steps:
-            if distributed():
-                dist.broadcast(due, src=0)
-            if due or step == steps:
-                if log:
-                    swap(parameters, average)
-                    found = stage.check()
-                    swap(parameters, average)
-                    log.write(step * stage.batch, time.monotonic() - start, found)
-                    tqdm.write(f"{stage.name} {step * stage.batch}: {found}")
-                    state = {
+        if log:
+            log.add(step, losses)
+        if (step % 20 == 0 or step == steps) and (
+            first_says(time.monotonic() - kept > 60 * minutes) or step == steps
+        ):
+            if log and (time.process_time() - checked > 60 * minutes or step == steps):
+                swap(parameters, average)
+                log.check(step, stage.check())
+                swap(parameters, average)
+                checked = time.process_time()
+            if log:
+                torch.save(
+                    {
                         "modules": stage.modules.state_dict(),
-                        "optimizer": optimizer.state_dict(),
+                        "optimizers": [o.state_dict() for o in optimizers],
                         "average": average,
                         "step": step,
-                        "seconds": time.monotonic() - start,
-                    }
-                    torch.save(state, file.with_suffix(".tmp"))
-                    file.with_suffix(".tmp").replace(file)
-                checked = time.monotonic()
-    bar.close()
+                        "seconds": log.seconds(),
+                    },
+                    file.with_suffix(".tmp"),
+                )
+                file.with_suffix(".tmp").replace(file)
+            kept = time.monotonic()
     swap(parameters, average)
+
+
+def take_step(
+    stage: Stage,
+    optimizers: list[torch.optim.Optimizer],
+    parameters: list[nn.Parameter],
+    step: int,
+    progress: float,
+) -> dict[str, Tensor]:
+    """One step of AdamW; what the stage's loss tells."""
+    rate = stage.rate * min(1, (step + 1) / 100, (1 - progress) / BRANCH)
+    for optimizer in optimizers:
+        for group in optimizer.param_groups:
+            group["lr"] = rate
+    # A seed for each step and process: a run that was interrupted goes on as it would have.
+    seed = (step * processes() + rank()) * 2 + (stage.name == "unet")
+    losses = stage.loss(torch.Generator().manual_seed(seed), progress)
+    for p in parameters:
+        p.grad = None
+    losses["loss"].backward()
+    share_gradients(parameters)
+    nn.utils.clip_grad_norm_(parameters, stage.longest)
+    for optimizer in optimizers:
+        optimizer.step()
+    return losses
+
+
+def make_optimizers(stage: Stage) -> list[torch.optim.Optimizer]:
+    """Muon for matrices and kernels; AdamW for what is a vector, or looked up."""
+    matrices, others = [], []
+    for name, p in stage.modules.named_parameters():
+        (matrices if p.ndim > 1 and "embeddings." not in name else others).append(p)
+    adamw = torch.optim.AdamW(
+        others, lr=stage.rate, betas=(0.9, 0.99), weight_decay=0.01, fused=True
+    )
+    return [Muon(matrices, stage.rate), adamw]
 
 
 @torch.no_grad()
@@ -189,6 +256,14 @@ def main_process() -> bool:
     return rank() == 0
 
 
+def first_says(answer: bool) -> bool:
+    """The first process's answer, in all: it keeps the time."""
+    told = torch.tensor(float(answer))
+    if distributed():
+        dist.broadcast(told, src=0)
+    return bool(told)
+
+
 def share_gradients(parameters: list[nn.Parameter]) -> None:
     """Every process gets the mean of all processes' gradients."""
     if not distributed():
@@ -202,16 +277,37 @@ def share_gradients(parameters: list[nn.Parameter]) -> None:
 
 
 class Log:
-    """Rows of stage, samples seen, seconds, name of a number, the number."""
+    """Rows of stage, samples seen, seconds, name of a number, the number; and a progress bar."""
 
-    def __init__(self, path: Path, stage: str):
+    def __init__(self, path: Path, stage: Stage, steps: int, step: int, seconds: float):
         self.path, self.stage = path, stage
+        self.start = time.monotonic() - seconds
+        self.bar = tqdm(total=steps, initial=step, desc=stage.name, mininterval=5)
+        self.sums: dict[str, list[float]] = {}
 
-    def write(self, seen: int, seconds: float, numbers: dict[str, float]) -> None:
+    def seconds(self) -> float:
+        return time.monotonic() - self.start
+
+    def add(self, step: int, losses: dict[str, Tensor]) -> None:
+        """Note the numbers of a step; every 50 their means are written."""
+        self.bar.update()
+        for name, value in losses.items():
+            self.sums.setdefault(name, []).append(value.item())
+        if step % 50 == 0:
+            means = {name: sum(values) / len(values) for name, values in self.sums.items()}
+            self.write(step, means)
+            self.bar.set_postfix_str(" ".join(f"{k} {v:.4f}" for k, v in means.items()))
+            self.sums.clear()
+
+    def check(self, step: int, found: dict[str, float]) -> None:
+        self.write(step, found)
+        tqdm.write(f"{self.stage.name} {step * self.stage.batch}: {found}")
+
+    def write(self, step: int, numbers: dict[str, float]) -> None:
+        seen, seconds = step * self.stage.batch, f"{self.seconds():.0f}"
         with self.path.open("a", newline="") as file:
             for name, value in numbers.items():
-                row = [self.stage, seen, f"{seconds:.0f}", name, f"{value:.6g}"]
-                csv.writer(file).writerow(row)
+                csv.writer(file).writerow([self.stage.name, seen, seconds, name, f"{value:.6g}"])
 
 
 # ---- Scenes --------------------------------------------------------------------------------------
@@ -227,8 +323,24 @@ class Data:
 
     def images(self, indices: Tensor | slice, device: torch.device) -> Tensor:
         """→ b 3 h w in [-1, 1]"""
-        picked = torch.from_numpy(np.array(self.pictures[indices])).to(device)
-        return picked.permute(0, 3, 1, 2).float() / 127.5 - 1
+        return to_tensor(self.pictures[indices]).to(device)
+
+    def crops(self, n: int, pixels: int, generator: torch.Generator) -> Tensor:
+        """Squares of random pictures, from random places. → n 3 pixels pixels in [-1, 1]"""
+        h, w = self.pictures.shape[1:3]
+        rows = torch.randint(len(self.scenes), (n,), generator=generator).tolist()
+        ys = torch.randint(h - pixels + 1, (n,), generator=generator).tolist()
+        xs = torch.randint(w - pixels + 1, (n,), generator=generator).tolist()
+        cut = [
+            self.pictures[i, y : y + pixels, x : x + pixels]
+            for i, y, x in zip(rows, ys, xs, strict=True)
+        ]
+        return to_tensor(np.stack(cut))
+
+
+def to_tensor(pictures: np.ndarray) -> Tensor:
+    """b h w 3 in bytes → b 3 h w in [-1, 1]"""
+    return torch.from_numpy(np.array(pictures)).permute(0, 3, 1, 2).float() / 127.5 - 1
 
 
 def draw_one(job: tuple[world.Scene, int]) -> tuple[np.ndarray, np.ndarray]:
@@ -262,30 +374,41 @@ def posterior(vae: VAE, images: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def train_vae(preset: Preset, data: Data, unseen: Data, device: torch.device, work: Path) -> VAE:
-    """L1 and squared error, and a little pull of the latents towards unit variance."""
-    vae = make_vae(preset).to(device, memory_format=torch.channels_last)
+    """L1, squared error and edges, and a little pull of the latents towards unit variance.
+
+    A sample is a crop: a quarter of the cost. Whole pictures, which count as several, are one step
+    in ten and, in the end, all.
+    """
+    vae = make_vae(preset).to(device)
     share = preset.vae_batch // processes()
+    pictures = max(1, share * preset.crop**2 // preset.pixels**2)
 
     def loss(noise: torch.Generator, progress: float) -> dict[str, Tensor]:
-        x = data.images(torch.randint(len(data.scenes), (share,), generator=noise), device)
-        with torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda"):
+        whole = progress > 1 - BRANCH or torch.rand((), generator=noise) < 0.1
+        n, pixels = (pictures, preset.pixels) if whole else (share, preset.crop)
+        x = data.crops(n, pixels, noise).to(device)
+        # On a CPU that has bfloat16 1.5 times as fast as float32, without channels_last.
+        with torch.autocast(device.type, torch.bfloat16):
             mean, log_variance = posterior(vae, x)
             draw = torch.randn(mean.shape, generator=noise).to(device)
             error = vae.decode(mean + (log_variance / 2).exp() * draw).float() - x
         kl = (mean**2 + log_variance.exp() - 1 - log_variance).mean() / 2  # Kingma & Welling 2014
         l1, l2 = error.abs().mean(), (error**2).mean()
-        return {"loss": l1 + 2 * l2 + 1e-4 * kl, "l1": l1.detach(), "kl": kl.detach()}
+        edges = error.diff(dim=2).abs().mean() + error.diff(dim=3).abs().mean()
+        total = l1 + 2 * l2 + 0.5 * edges + 1e-4 * kl
+        return {"loss": total, "l1": l1.detach(), "edges": edges.detach(), "kl": kl.detach()}
 
     @torch.inference_mode()
     def check() -> dict[str, float]:
-        x = unseen.images(slice(0, 128), device)
-        y = vae.decode(vae.encode(x)).clamp(-1, 1)
+        x = unseen.images(slice(0, 64), device)
+        y = torch.cat([vae.decode(vae.encode(some)).clamp(-1, 1) for some in x.split(8)])
         pairs = torch.stack([x, y], dim=1)[:16].flatten(0, 1)
         save_grid(pairs, 8, work / "vae.png")
         return {"psnr": psnr(x, y).mean().item()}
 
+    # Few crops have strong colours and long gradients: shortened to 1 they would count too little.
     stage = Stage("vae", nn.ModuleDict({"vae": vae}), loss, check, preset.vae_samples,
-                  preset.vae_batch, preset.vae_rate)  # fmt: skip
+                  preset.vae_batch, preset.vae_rate, longest=10.0)  # fmt: skip
     fit(stage, work)
     return vae.eval().requires_grad_(False)
 
@@ -298,9 +421,13 @@ def psnr(x: Tensor, y: Tensor) -> Tensor:
 @torch.inference_mode()
 def latents_of(vae: VAE, data: Data, device: torch.device) -> tuple[Tensor, Tensor]:
     """Mean and standard deviation of every picture's latent, unscaled, in half precision."""
-    parts = []
-    for start in tqdm(range(0, len(data.scenes), 64), desc="latents"):
-        mean, log_variance = posterior(vae, data.images(slice(start, start + 64), device))
+    parts, n = [], 8 if device.type == "cpu" else 64  # few fit a CPU's cache: twice as fast
+    for start in tqdm(range(0, len(data.scenes), n), desc="latents"):
+        x = data.images(slice(start, start + n), device).contiguous(
+            memory_format=torch.channels_last
+        )
+        with torch.autocast(device.type, torch.bfloat16):
+            mean, log_variance = posterior(vae, x)
         parts.append(torch.stack([mean, (log_variance / 2).exp()]).half().cpu())
     mean, deviation = torch.cat(parts, dim=1)
     return mean, deviation
@@ -317,11 +444,12 @@ class WordMaps(Edit):
         self.maps: list[Tensor] = []  # b h w n, of every cross-attention layer of at least 8 x 8
 
     def wants(self, site: Site) -> bool:
-        return site.is_cross and site.height >= LATENT // 2
+        return True  # where maps are written out, a CPU learns faster than with the fused form
 
     def __call__(self, probs: Tensor, site: Site) -> Tensor:
-        maps = probs.mean(dim=1) @ self.columns
-        self.maps.append(maps.unflatten(1, (site.height, site.width)))
+        if site.is_cross and site.height >= LATENT // 2:
+            maps = (probs.mean(dim=1) @ self.columns).float()  # else 1 - 1e-4 below would be 1
+            self.maps.append(maps.unflatten(1, (site.height, site.width)))
         return probs
 
     def loss(self, masks: Tensor, weight: Tensor) -> Tensor:
@@ -393,9 +521,7 @@ def train_unet(
 ) -> tuple[UNet, nn.Module]:
     """Predict the noise (Ho et al. 2020), weighted by min-SNR-5 (Hang et al. 2023, eq. 5)."""
     torch.manual_seed(0)
-    unet = UNet(preset.channels, 2, preset.width, HEADS).to(
-        device, memory_format=torch.channels_last
-    )
+    unet = UNet(preset.channels, 2, preset.width, HEADS).to(device)
     text_encoder = make_text_encoder(preset, len(tokenizer)).to(device)
     modules = nn.ModuleDict({"unet": unet, "text_encoder": text_encoder})
     share = preset.batch // processes()
@@ -408,8 +534,7 @@ def train_unet(
 
     def noised(z: Tensor, noise: Tensor, t: Tensor) -> Tensor:
         a = alpha_bar[t].view(-1, 1, 1, 1).to(z)
-        x = a.sqrt() * z + (1 - a).sqrt() * noise
-        return x.contiguous(memory_format=torch.channels_last)
+        return a.sqrt() * z + (1 - a).sqrt() * noise
 
     def loss(generator: torch.Generator, progress: float) -> dict[str, Tensor]:
         i = torch.randint(len(data.scenes), (share,), generator=generator)
@@ -421,16 +546,16 @@ def train_unet(
         t = (t / share * 1000).long()[torch.randperm(share, generator=generator)]
         dropped = torch.rand(share, generator=generator) < 0.1  # for guidance (Ho & Salimans 2021)
         ids = torch.where(dropped[:, None], captions.empty, captions.ids[i]).to(device)
-        supervise = preset.supervise * min(1, (1 - progress) * 3)  # fades over the last third
+        supervise = supervision(preset, progress)
         columns = captions.columns[i].to(device)
-        maps = WordMaps(columns) if preset.supervise else None
-        with torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda"):
+        maps = WordMaps(columns)
+        with torch.autocast(device.type, torch.bfloat16):
             context = text_encoder(input_ids=ids).last_hidden_state
             eps = unet(noised(z, noise, t), t.to(device), context, maps).float()
         errors = ((eps - noise) ** 2).mean(dim=(1, 2, 3))
         total = (errors * weights[t].to(device)).mean()
         found = {"mse": errors.mean().detach()}
-        if maps:
+        if supervise:
             # Maps matter where there is something to see: less at high noise, none without words.
             weight = columns.amax(dim=1) * ((~dropped) * alpha_bar[t].sqrt())[:, None].to(device)
             words = maps.loss(captions.masks[i].to(device), weight)
@@ -458,6 +583,11 @@ def train_unet(
     stage = Stage("unet", modules, loss, check, preset.samples, preset.batch, preset.rate)
     fit(stage, work)
     return unet, text_encoder
+
+
+def supervision(preset: Preset, progress: float) -> float:
+    """The weight of the loss on word maps: it fades over a third of the samples, to nothing."""
+    return preset.supervise * min(1.0, max(0.0, (preset.supervise_until - progress) * 3))
 
 
 def stored_latents(vae: VAE, data: Data, device: torch.device, work: Path) -> tuple[Tensor, Tensor]:
@@ -684,6 +814,9 @@ def main() -> None:
             f"--{field.replace('_', '-')}", type=int, help="instead of the preset's"
         )
     parser.add_argument("--supervise", type=float, help="weight of the loss on word maps")
+    parser.add_argument(
+        "--supervise-until", type=float, help="share of the samples after which it is nothing"
+    )
     parser.add_argument("--channels", type=int, nargs=4, help="of the UNet's levels")
     parser.add_argument("--port", type=int, default=29517, help="for processes to find each other")
     args = vars(parser.parse_args())
