@@ -157,11 +157,11 @@ MISTAKES: list[tuple[str, ...]] = [
     ("'a cat' --guidance x", "guidance", "number", "'x'"),
     ("'a cat' --guidance inf", "guidance", "number", "inf"),
     ("'a cat' --height 0", "height", "0"),
-    ("'a cat' --height 65", "height", "multiple of 4", "65"),
+    ("'a cat' --height 65", "height", "multiple of 8", "65"),
     ("'a cat' --height -8", "height", "-8"),
     ("'a cat' --height x", "height", "whole number", "'x'"),
     ("'a cat' --width 0", "width", "0"),
-    ("'a cat' --width 65", "width", "multiple of 4", "65"),
+    ("'a cat' --width 65", "width", "multiple of 8", "65"),
     ("'a cat' --width -8", "width", "-8"),
     ("'a cat' --width 1e3", "width", "whole number", "1e3"),
     ("'a cat' --height 40000000 --width 40000000", "40000000"),
@@ -243,7 +243,7 @@ MISTAKES: list[tuple[str, ...]] = [
     ("'a cat' --sweep ''", "--sweep", "--swap"),
     ("'a cat' --baseline", "--baseline", "--swap"),
     ("'a cat' --explain", "--explain", "--swap"),
-    ("'a cat' --swap cat=dog --explain --height 65", "height", "multiple of 4", "65"),
+    ("'a cat' --swap cat=dog --explain --height 65", "height", "multiple of 8", "65"),
     # what is no model
     ("'a cat' --model nosuch", "nosuch", ".safetensors"),
     ("'a cat' --model {there}/empty", "empty", "unet/"),
@@ -378,7 +378,7 @@ def test_the_first_run(tmp_path: Path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     wrote(outcome, "source edit-1-baseline edit-1 row")
     assert "50/50" in outcome.err  # the progress bar
-    assert picture("out/source.png").size == (64, 64)
+    assert picture("out/source.png").size == (128, 128)
     assert difference("out/source.png", "out/edit-1.png") > 100
     assert difference("out/edit-1-baseline.png", "out/edit-1.png") > 50
     assert list(tmp_path.iterdir()) == [tmp_path / "out"]
@@ -453,9 +453,9 @@ def test_windows_do_what_they_say(run: Run):
     assert all(difference("none/source.png", f"{name}/source.png") <= 1 for name in windows)
 
 
-@pytest.mark.parametrize("height, width", [(64, 96), (96, 64), (36, 100), (120, 160)])
+@pytest.mark.parametrize("height, width", [(128, 192), (192, 128), (72, 200), (240, 320)])
 def test_pictures_that_are_not_square(run: Run, height, width):
-    """120 x 160 has a coarse level of 30 x 40, as 960 x 1280 has with SD 1.5."""
+    """240 x 320 has latents of 30 x 40."""
     command = [SQUIRREL, "--swap", "squirrel=lion", "--blend", "lion", "--maps", "--steps", "2"]
     outcome = run(*command, "--height", str(height), "--width", str(width))
     wrote(outcome, "source source-maps edit-1 edit-1-maps row")
@@ -532,7 +532,7 @@ def test_the_homework(run: Run, command, names):
 def test_explain_prints_a_table_and_writes_nothing(run: Run, tmp_path: Path):
     command = [SQUIRREL, "--swap", "squirrel=lion", "--reweight", "burger=2", "--explain"]
     windows = ["--cross-replace-steps", ".5", "--self-replace-steps", ".2", "--blend", "lion"]
-    outcome = run(*command, *windows, "--steps", "20", "--height", "128", "--width", "64")
+    outcome = run(*command, *windows, "--steps", "20", "--height", "256", "--width", "128")
     assert outcome.status == 0 and outcome.err == ""
     lines = [re.split(r" {2,}", line.strip()) for line in outcome.out.splitlines()]
     assert ["lion", "squirrel", "1 to 10 of 20"] in lines
@@ -882,7 +882,7 @@ def test_repeat_of_every_picture_of_a_run(run: Run, latents):
 def test_repeat_says_where_the_picture_is_not_the_same(run: Run, monkeypatch):
     assert run("a cat", "--steps", "2").status == 0
     texts = metadata("out/picture.png")
-    other = Image.new("RGB", (64, 64), "black")
+    other = Image.new("RGB", (128, 128), "black")
     Path("black.png").write_bytes(files.png(other, texts, Path("black.png")))
     outcome = run("--repeat", "black.png", "--out", "again")
     assert outcome.status == 0 and len(outcome.said) == 1

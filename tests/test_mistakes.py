@@ -229,8 +229,8 @@ for wrong in (5, "print", [print]):
 for wrong in (math.nan, math.inf, "7.5", True, (1, 2)):
     generate(f"guidance {wrong!r}", ["guidance", "finite", repr(wrong)], guidance_scale=wrong)
 for wrong in (0, -8, 102, "64", 64.0, True):
-    generate(f"height {wrong!r}", ["height", "4 pixels", repr(wrong)], height=wrong)
-    generate(f"width {wrong!r}", ["width", "4 pixels", repr(wrong)], width=wrong)
+    generate(f"height {wrong!r}", ["height", "8 pixels", repr(wrong)], height=wrong)
+    generate(f"width {wrong!r}", ["width", "8 pixels", repr(wrong)], width=wrong)
 for shape in ((3, 4, 16, 16), (1, 3, 16, 16), (4, 16, 16), (16,), (1, 4, 0, 16), (0, 4, 16, 16)):
     generate(f"latents of shape {shape}", ["1 or 2, 4, height, width", str(shape)],
              latents=torch.zeros(shape))  # fmt: skip
@@ -243,9 +243,9 @@ generate(
     "latents that are nan", ["latents", "finite"], latents=torch.full((1, 4, 16, 16), math.nan)
 )
 generate("latents and another height", ["height", "128", "64"], latents=torch.zeros(1, 4, 16, 16),
-         height=128)  # fmt: skip
-generate("latents and another width", ["width", "64", "96"], latents=torch.zeros(1, 4, 16, 24),
-         width=64)  # fmt: skip
+         height=64)  # fmt: skip
+generate("latents and another width", ["width", "128", "192"], latents=torch.zeros(1, 4, 16, 24),
+         width=128)  # fmt: skip
 generate("unknown scheduler", ["ddim", "pndm", "'euler'"], scheduler="euler")
 generate("scheduler that is a number", ["ddim", "pndm", "5"], scheduler=5)
 generate("scheduler that is a class", ["ddim", "pndm", "class DDIM"], scheduler=minip2p.DDIM)

@@ -207,8 +207,8 @@ def test_a_plain_run_is_recorded_whole(model):
         "num_inference_steps": 1,
         "eta": 0.0,
         "guidance_scale": 4.0,
-        "height": 64,
-        "width": 64,
+        "height": 128,
+        "width": 128,
     }
 
 

@@ -542,7 +542,7 @@ def test_upload_a_picture(tab: Page):
     tab.browser("POST", f"/element/{element}/value", text=str(BIRD))
     tab.drawn("--image bird.png", "a photo of a lion")
     given = tab.pictures()[0]
-    size = (64, 64)
+    size = (128, 128)
     assert given == minip2p.picture.read(BIRD, size).image.tobytes()
 
 

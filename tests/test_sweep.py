@@ -479,7 +479,7 @@ def test_a_batch_fits_into_half_of_the_memory(
     picture = 2 * worker.BYTES * emoji.unet.conv_in.out_channels * h * w  # prompt and blank
     for memory, beside, expected in ((10, 0, 5), (10, 1, 2), (0, 0, 2), (1000, 0, worker.MOST)):
         monkeypatch.setattr(worker, "free_memory", lambda _, n=memory: n * picture)
-        assert worker.pixels_that_fit(emoji, beside) == expected * 64 * 64
+        assert worker.pixels_that_fit(emoji, beside) == expected * 128 * 128
     monkeypatch.undo()
     assert worker.free_memory(emoji.device) > 2**28
 

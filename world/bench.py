@@ -50,7 +50,7 @@ ITEMS = {
     "captions": (500_000, 200, 24),
     "sharpness": (500_000, 200, 24),
     "swap": (600_000, 60, 10),
-    "sweep": (600_000, 30, 2),
+    "sweep": (650_000, 30, 2),  # others than swap's: they choose its windows
     "refine": (700_000, 40, 8),
     "reweight": (800_000, 40, 8),
     "maps": (900_000, 200, 32),
