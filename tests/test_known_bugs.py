@@ -378,12 +378,12 @@ def test_b10_only_what_was_asked_for_is_kept(model):
 @pytest.mark.parametrize(
     ("height", "width", "coarse"),
     [
-        (64, 64, (16, 16)),
-        (64, 96, (16, 24)),
-        (128, 64, (32, 16)),
-        (96, 96, (24, 24)),
         (128, 128, (16, 16)),
-        (100, 72, (25, 18)),
+        (128, 192, (16, 24)),
+        (256, 128, (32, 16)),
+        (192, 192, (24, 24)),
+        (256, 256, (16, 16)),
+        (200, 144, (25, 18)),
     ],
 )
 def test_b11_blends_at_other_sizes(model, height, width, coarse):

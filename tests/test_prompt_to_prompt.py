@@ -523,13 +523,13 @@ def size_15x18_from_pixels() -> Case:
     """Odd at every level: 15x18, 8x9, 4x5, 2x3."""
     mask = torch.zeros(15, 18, dtype=torch.bool)
     mask[:, 5:12] = True
-    big = mask.repeat_interleave(4, 0).repeat_interleave(4, 1).float().numpy()  # as the picture
+    big = mask.repeat_interleave(8, 0).repeat_interleave(8, 1).float().numpy()  # as the picture
     return Case(
         [SQUIRREL, SNOW],
         Refine(0.7, 0.4, LocalBlend(mask=big)),
         [ref.Edit(ref.refine, (0, 0.7), (0, 0.4), blend=ref.Blend(mask=mask))],
         {"latents": noise(15, 18)},
-        {"latents": None, "height": 60, "width": 72, "seed": 8888},
+        {"latents": None, "height": 120, "width": 144, "seed": 8888},
         coarse=(15, 18),
     )
 
@@ -1052,7 +1052,7 @@ def test_a_hook_sees_each_layer_once_a_call_and_every_prompt_s_row(model):
             assert probs.shape == (3, 4, site.height * site.width, keys)
             return probs
 
-    generate(model, [SQUIRREL, LION, SNOW], Look(), scheduler="pndm", height=64, width=96)
+    generate(model, [SQUIRREL, LION, SNOW], Look(), scheduler="pndm", height=128, width=192)
     names = [n for n, m in model.unet.named_modules() if isinstance(m, Attention) and n[0] == "u"]
     assert len(names) == 18  # up alone
     calls = [i for i, what in enumerate(seen) if isinstance(what, tuple)]

@@ -493,6 +493,7 @@ def test_type_hover_and_copy(tab: Page, tmp_path: Path, monkeypatch: pytest.Monk
 @pytest.mark.slow
 def test_drag_a_window(tab: Page, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     """Every move of the mouse is a change: the last one is what is drawn."""
+    tab.drawn()
     tab.point(2, 5, "Down", "Up")  # pinned
     x, y, width = tab.js(
         "const e = document.querySelector('[aria-label=\"lion: end of the window\"]');"

@@ -86,7 +86,7 @@ def test_a_loss_that_is_no_number_ends_the_run(tmp_path):
         return {"loss": module.weight.sum() * (float("nan") if len(seen) > 30 else 1.0)}
 
     stage = train.Stage("line", nn.ModuleDict({"line": module}), loss, lambda: {}, 100, 1, 0.1)
-    with pytest.raises(FloatingPointError, match="nan at step 30 of 100.*lower rate than 0.1"):
+    with pytest.raises(FloatingPointError, match=r"nan at step 30 of 100.*lower rate than 0.1"):
         train.fit(stage, tmp_path, minutes=0)
     saved = torch.load(tmp_path / "line.pt", weights_only=True)
     assert saved["step"] == 20 and saved["modules"]["line.weight"].isfinite().all()

@@ -351,7 +351,7 @@ def test_an_unpadded_header_is_no_harm(layouts, tmp_path):
 def test_the_bundled_model_is_the_default():
     model = load(device="cpu")
     assert (model.scheduler, model.sample_size) == ("pndm", (16, 16))
-    assert model.vae.f == 4 and model.defaults["scheduler"] == "ddim"
+    assert model.vae.f == 8 and model.defaults["scheduler"] == "ddim"
     assert model.schedule == {
         "num_train_timesteps": 1000,
         "beta_start": 0.00085,
@@ -732,11 +732,11 @@ REFUSED_FILES: dict[str, tuple[Callable[[Shapes], Shapes], str]] = {
         "in I8 and not in floating point",
     ),
     "text twice": (
-        lambda s: s | {EMBEDDING.replace("text_model.", ""): (1045, 128)},
+        lambda s: s | {EMBEDDING.replace("text_model.", ""): (1050, 128)},
         "under a second name",
     ),
     "UNet twice": (lambda s: s | {UNET + "conv_in.weight": (32, 4, 3, 3)}, "under a second name"),
-    "other vocabulary": (lambda s: s | {EMBEDDING: (700, 128)}, "1045 tokens.* 700"),
+    "other vocabulary": (lambda s: s | {EMBEDDING: (700, 128)}, "1050 tokens.* 700"),
     "75 positions": (
         lambda s: s | {EMBEDDING.replace("token", "position"): (75, 128)},
         "max_position_embeddings = 75",
@@ -852,7 +852,7 @@ REFUSED_CONFIGS: dict[str, tuple[str, dict[str, Any], str]] = {
         {"max_position_embeddings": 248},
         "max_position_embeddings = 248",
     ),
-    "vocabulary": ("text_encoder", {"vocab_size": 700}, "1045 tokens|Missing|size mismatch"),
+    "vocabulary": ("text_encoder", {"vocab_size": 700}, "1050 tokens|Missing|size mismatch"),
     "v-prediction": ("scheduler", {"prediction_type": "v_prediction"}, "v-prediction models"),
     "x0": ("scheduler", {"prediction_type": "sample"}, "prediction_type = sample"),
     "linear betas": ("scheduler", {"beta_schedule": "linear"}, "beta_schedule = linear"),
@@ -1065,7 +1065,7 @@ def test_the_device_is_tried_before_anything_is_read(layouts):
 def test_a_tokenizer_of_another_model(layouts, clip_tokenizer_dir):
     for name in ("single", "diffusers"):
         message = refusal(layouts[name], tokenizer=clip_tokenizer_dir)
-        assert "49408 tokens" in message and "1045" in message
+        assert "49408 tokens" in message and "1050" in message
         assert "holds no tokenizer" in refusal(layouts[name], tokenizer="no/such/folder")
 
 
@@ -1173,8 +1173,8 @@ def test_the_smallest_snapshot_is_asked_for_and_announced(hub, layouts, capsys):
 
 def with_a_token(folder: Path) -> Path:
     """The model as of 2022 with a textual inversion: its token stands in a file of its own."""
-    (folder / "tokenizer" / "added_tokens.json").write_text('{"<cat-toy>": 1045}')
-    edit_json(folder / "text_encoder" / "config.json", vocab_size=1046)
+    (folder / "tokenizer" / "added_tokens.json").write_text('{"<cat-toy>": 1050}')
+    edit_json(folder / "text_encoder" / "config.json", vocab_size=1051)
     file = folder / "text_encoder" / "model.safetensors"
     state = load_file(file)
     name = next(name for name in state if "token_embedding" in name)
@@ -1220,7 +1220,7 @@ def test_a_hub_that_serves_what_is_asked_for_gives_the_local_model(
     prompt = "a photo of <cat-toy> and a cat"
     ids = tokenize(remote.tokenizer, prompt).ids
     assert ids == tokenize(local.tokenizer, prompt).ids
-    assert (1045 in ids) == (layout in ("added token", "both"))
+    assert (1050 in ids) == (layout in ("added token", "both"))
     assert len(remote.tokenizer) == len(local.tokenizer)
     there = {f"tokenizer/{file.name}" for file in (repository / "tokenizer").iterdir()}
     (asked,) = hub.asked

@@ -23,23 +23,23 @@ from world.scenes import FULL, SMALL, WORLDS, Scene, draw, sample
 # What the bundled model must reach on EmojiBench's fixed items: part, row, column → at least. One
 # or two items of 10 or 12 below what was seen with torch 2.13, 1 dB or 0.1 below other figures.
 THRESHOLDS = {
-    ("captions", "subject", "trained pairs"): 0.9,
+    ("captions", "subject", "trained pairs"): 0.8,
     ("captions", "object", "trained pairs"): 0.85,
     ("captions", "place", "trained pairs"): 0.85,
     ("captions", "style", "trained pairs"): 0.85,
     ("captions", "subject", "held-out pairs"): 0.9,
     ("captions", "object", "held-out pairs"): 0.9,
-    ("swap", "windows", "new there"): 0.9,
+    ("swap", "windows", "new there"): 0.7,
     ("swap", "windows", "old gone"): 0.9,
     ("swap", "windows", "other kept"): 0.85,
-    ("swap", "windows", "gain"): 4.8,  # dB above the same seed without control
-    ("swap", "windows + LocalBlend", "PSNR"): 36.0,  # dB
+    ("swap", "windows", "gain"): 8.0,  # dB above the same seed without control
+    ("swap", "windows + LocalBlend", "PSNR"): 37.3,  # dB
     ("refine", "place, windows", "added shown"): 0.75,
     ("refine", "place, windows", "nouns kept"): 0.75,
-    ("refine", "colour, windows", "added shown"): 0.5,
+    ("refine", "colour, windows", "added shown"): 0.75,
     ("maps", "16 x 16, mean", "peak in box"): 0.95,
     ("maps", "8 x 8, mean", "peak in box"): 0.95,
-    ("maps", "16 x 16, mean", "IoU"): 0.65,
+    ("maps", "16 x 16, mean", "IoU"): 0.75,
     ("photos", "direct, 20, 3, + LocalBlend", "row 0"): 59.9,  # dB: exact
     ("photos", "direct, 20, 3, + LocalBlend", "new there"): 0.75,
     ("photos", "direct, 20, 3, + LocalBlend", "old gone"): 0.75,
@@ -49,9 +49,9 @@ THRESHOLDS = {
 # And at most: a weight of 0 takes a place and an object away; without control old nouns go as well,
 # but the background does not stay.
 CEILINGS = {
-    ("reweight", "place × 0", "shown"): 0.75,
-    ("reweight", "noun × 0", "shown"): 0.25,
-    ("swap", "no control", "PSNR"): 27.0,
+    ("reweight", "place × 0", "shown"): 0.5,
+    ("reweight", "noun × 0", "shown"): 0.5,
+    ("swap", "no control", "PSNR"): 23.0,
     ("maps", "16 x 16, mean", "chance"): 0.3,
     ("photos", "the input", "new there"): 0.25,
     ("photos", "the input", "to truth"): 20.5,  # dB: edits are nearer
@@ -328,11 +328,11 @@ def test_the_page_shows_seeds_in_order_as_they_come(tmp_path, monkeypatch):
     monkeypatch.setattr(minip2p, "generate", generate)
     model = minip2p.load(device="cpu")
     judged = bench.Bench(model, detector.Detector(SMALL))
-    judged.page(tmp_path / "page.png")
+    judged.page(tmp_path / "page.jpg")
     captions, seeds = zip(*asked, strict=True)
     assert seeds == tuple(range(48)) and len(set(captions)) > 40
     assert all(set(caption.split()) <= set(model.defaults["words"]) for caption in captions)
-    assert (tmp_path / "page.png").exists()
+    assert (tmp_path / "page.jpg").exists()
 
 
 def test_a_map_is_localised_by_its_peak_and_its_half():

@@ -2,7 +2,7 @@
 
     python -m world.bench                     everything, with the bundled model
     python -m world.bench swap maps --quick   two parts, on the few items that the tests use
-    python -m world.bench page                48 pictures, seeds 0 to 47, as they come: page.png
+    python -m world.bench page                48 pictures, seeds 0 to 47, as they come: page.jpg
 
 captions   pictures of captions: is shown what they name?
 sharpness  as crisp as the VAE can draw, and as like unseen renders as other renders are?
@@ -390,7 +390,7 @@ class Bench:
             )
             images += out.images
             texts.append(scene.caption)
-        show.row(images, texts, columns=8).save(file)
+        show.row(images, texts, columns=8).save(file, quality=88)
         print(file)
 
     def swap(self) -> Facts:
@@ -627,7 +627,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     if "page" in given.parts:
         folder = given.pictures or Path(".")
         folder.mkdir(parents=True, exist_ok=True)
-        bench.page(folder / "page.png")
+        bench.page(folder / "page.jpg")
     parts = [part for part in given.parts or ITEMS if part != "page"]
     if given.workers or given.address:
         from .shared import shared_out

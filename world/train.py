@@ -45,7 +45,7 @@ from .vocabulary import save_tokenizer
 
 LATENT = 16  # height and width of every latent
 HEADS = 4
-BRANCH = 0.25  # of a stage: the last part, in which the learning rate falls
+BRANCH = 0.25  # of the VAE's samples: the last part, of whole pictures, in which the rate falls
 VALIDATION = 200_000  # first seed of scenes that are never trained on
 
 
@@ -95,6 +95,7 @@ class Stage:
     batch: int  # of all processes together
     rate: float
     longest: float = 1.0  # of the gradient: what is longer is shortened
+    falling: float = BRANCH  # the last part, in which the rate falls to nothing
 
 
 class Muon(torch.optim.Optimizer):
@@ -204,7 +205,7 @@ def take_step(
     progress: float,
 ) -> dict[str, Tensor]:
     """One step of AdamW; what the stage's loss tells."""
-    rate = stage.rate * min(1, (step + 1) / 100, (1 - progress) / BRANCH)
+    rate = stage.rate * min(1, (step + 1) / 100, (1 - progress) / stage.falling)
     for optimizer in optimizers:
         for group in optimizer.param_groups:
             group["lr"] = rate
@@ -580,7 +581,9 @@ def train_unet(
         save_pictures(unet, vae, text_encoder, tokenizer, device, work / "unet.png")
         return {"validation": torch.cat(errors).mean().item()}
 
-    stage = Stage("unet", modules, loss, check, preset.samples, preset.batch, preset.rate)
+    stage = Stage(
+        "unet", modules, loss, check, preset.samples, preset.batch, preset.rate, falling=0.5
+    )
     fit(stage, work)
     return unet, text_encoder
 
