@@ -65,7 +65,7 @@ class Preset:
     batch: int
     width: int = 128  # of a token
     text_layers: int = 2
-    vae_rate: float = 1e-3  # at 2e-3 the VAE of four levels stays at 18 dB
+    vae_rate: float = 1e-3
     rate: float = 2e-3
     supervise: float = 0.2  # weight of the loss on word maps; 0 leaves them to themselves
     supervise_until: float = 1.0  # share of the samples after which they are left to themselves
@@ -73,8 +73,8 @@ class Preset:
 
 
 PRESETS = {
-    "small": Preset(world.SMALL, 128, 60_000, (16, 32, 64, 128), 8, 240_000, 16,
-                    (64, 96, 128, 96), 400_000, 64),
+    "small": Preset(world.SMALL, 128, 60_000, (16, 32, 64, 128), 8, 64_000, 16,
+                    (64, 96, 128, 96), 176_000, 64),
     "full": Preset(world.FULL, 128, 60_000, (32, 64, 128, 128), 32, 400_000, 64,
                    (64, 96, 128, 96), 3_000_000, 256),
 }  # fmt: skip
