@@ -21,7 +21,7 @@ def test_psnr_worked_out_by_hand():
     assert np.isnan(photos.psnr(a, b, left & ~left))
 
 
-def test_what_changes_are_both_things_and_three_pixels_around():
+def test_what_changes_are_both_things_and_a_twentieth_of_the_width_around():
     old, new = np.zeros((16, 16), np.float32), np.zeros((16, 16), np.float32)
     old[5, 5], new[5, 6] = 0.01, 1
     image = Image.new("RGB", (16, 16))

@@ -43,7 +43,7 @@ TRAINING, CHECK = 300_000, 400_000  # first seeds; models are trained on those b
 LOOKS = ("", "painting", "sketch", "watercolour")  # "" is a photo, said or not
 HUES = ("natural", *COLORS)
 BY_NATURE = {"car": "red", "motorcycle": "red", "sofa": "blue", "tractor": "green"}
-SURE = 0.9  # presence above which a thing is there; 96 of 100 in renders are
+SURE = 0.9  # presence above which a thing is there; 98 of 100 in renders are
 NONE = -100  # the class that cross_entropy leaves out
 
 

@@ -65,7 +65,7 @@ class World:
 
 
 FULL = World("full")
-SMALL = World(  # what two CPU cores learn in an hour
+SMALL = World(  # what two CPU cores learn in two hours
     "small",
     animals=("squirrel", "lion", "cat", "dog", "rabbit", "panda", "penguin", "bird", "deer"),
     objects=(

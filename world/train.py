@@ -204,7 +204,7 @@ def take_step(
     step: int,
     progress: float,
 ) -> dict[str, Tensor]:
-    """One step of AdamW; what the stage's loss tells."""
+    """One step of both optimizers; what the stage's loss tells."""
     rate = stage.rate * min(1, (step + 1) / 100, (1 - progress) / stage.falling)
     for optimizer in optimizers:
         for group in optimizer.param_groups:
@@ -444,11 +444,15 @@ class WordMaps(Edit):
         self.columns = columns  # b 77 n: which tokens each word is
         self.maps: list[Tensor] = []  # b h w n, of every cross-attention layer of at least 8 x 8
 
+    def taught(self, site: Site) -> bool:
+        return site.is_cross and site.height >= LATENT // 2
+
     def wants(self, site: Site) -> bool:
-        return True  # where maps are written out, a CPU learns faster than with the fused form
+        # In bfloat16 a CPU learns faster through maps that are written out than fused; a GPU not.
+        return self.taught(site) or self.columns.device.type == "cpu"
 
     def __call__(self, probs: Tensor, site: Site) -> Tensor:
-        if site.is_cross and site.height >= LATENT // 2:
+        if self.taught(site):
             maps = (probs.mean(dim=1) @ self.columns).float()  # else 1 - 1e-4 below would be 1
             self.maps.append(maps.unflatten(1, (site.height, site.width)))
         return probs
