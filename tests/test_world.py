@@ -23,7 +23,7 @@ from world.scenes import FULL, SMALL, WORLDS, Scene, draw, sample
 # What the bundled model must reach on EmojiBench's fixed items: part, row, column → at least. One
 # or two items of 10 or 12 below what was seen with torch 2.13, 1 dB or 0.1 below other figures.
 THRESHOLDS = {
-    ("captions", "subject", "trained pairs"): 0.8,
+    ("captions", "subject", "trained pairs"): 0.9,
     ("captions", "object", "trained pairs"): 0.85,
     ("captions", "place", "trained pairs"): 0.85,
     ("captions", "style", "trained pairs"): 0.85,
@@ -32,7 +32,7 @@ THRESHOLDS = {
     ("swap", "windows", "new there"): 0.7,
     ("swap", "windows", "old gone"): 0.9,
     ("swap", "windows", "other kept"): 0.85,
-    ("swap", "windows", "gain"): 8.0,  # dB above the same seed without control
+    ("swap", "windows", "gain"): 7.0,  # dB above the same seed without control
     ("swap", "windows + LocalBlend", "PSNR"): 37.3,  # dB
     ("refine", "place, windows", "added shown"): 0.75,
     ("refine", "place, windows", "nouns kept"): 0.75,
@@ -241,7 +241,7 @@ def test_an_earlier_world_is_one_of_another_checkout(tmp_path):
     one, other = (
         detector.render(detector.Detector(SMALL), range(2), where) for where in (drawing, scenes)
     )
-    both = detector.together(one, other)
+    both = detector.both(one, other)
     assert torch.equal(both.pictures[:2], both.pictures[2:]) and len(both.scenes) == 4
 
 

@@ -50,7 +50,7 @@ ITEMS = {
     "captions": (500_000, 200, 24),
     "sharpness": (500_000, 200, 24),
     "swap": (600_000, 60, 10),
-    "sweep": (650_000, 30, 2),  # others than swap's: they choose its windows
+    "sweep": (650_000, 60, 2),  # others than swap's: they choose its windows
     "refine": (700_000, 40, 8),
     "reweight": (800_000, 40, 8),
     "maps": (900_000, 200, 32),
@@ -60,6 +60,7 @@ STEPS = 20
 SWEEP = (  # windows of cross- and self-attention
     *((cross, 0.4) for cross in (0.0, 0.2, 0.4, 0.6, 0.8, 1.0)),
     *((0.8, self_) for self_ in (0.0, 0.2, 0.6, 0.8, 1.0)),
+    *((0.6, self_) for self_ in (0.6, 0.8, 1.0)),
 )
 TIMESTEPS = (200, 400, 600, 800)  # of the word maps
 RENDERS = (1_000_000, 1000)  # first seed and number of those that generated pictures are likened to
@@ -629,7 +630,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         folder.mkdir(parents=True, exist_ok=True)
         bench.page(folder / "page.jpg")
     parts = [part for part in given.parts or ITEMS if part != "page"]
-    if given.workers or given.address:
+    if parts and (given.workers or given.address):
         from .shared import shared_out
 
         settings = given.model, given.quick, given.steps, given.pictures

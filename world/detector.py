@@ -221,7 +221,7 @@ def render(detector: Detector, seeds: Iterable[int], drawing: Any = scenes) -> R
     return Renders(found, pictures, nouns, hues, places, looks)
 
 
-def together(a: Renders, b: Renders) -> Renders:
+def both(a: Renders, b: Renders) -> Renders:
     """All of both."""
     pairs = [(getattr(a, f.name), getattr(b, f.name)) for f in fields(Renders)]
     return Renders(*(x + y if isinstance(x, list) else torch.cat([x, y]) for x, y in pairs))
@@ -418,7 +418,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     }
     if given.before:
         theirs = render(detector, range(TRAINING, TRAINING + n), earlier(given.before))
-        renders = together(renders, theirs)
+        renders = both(renders, theirs)
     if given.reconstruct:
         model = minip2p.load(given.reconstruct)
         renders.pictures[::2] = reconstruct(model, renders.pictures[::2])

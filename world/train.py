@@ -74,7 +74,7 @@ class Preset:
 
 PRESETS = {
     "small": Preset(world.SMALL, 128, 60_000, (16, 32, 64, 128), 8, 64_000, 16,
-                    (64, 96, 128, 96), 176_000, 64),
+                    (64, 96, 128, 96), 400_000, 64),
     "full": Preset(world.FULL, 128, 60_000, (32, 64, 128, 128), 32, 400_000, 64,
                    (64, 96, 128, 96), 3_000_000, 256),
 }  # fmt: skip
@@ -761,7 +761,8 @@ def plot(log: Path, out: Path) -> None:
         for name in names:
             points = [(int(r[1]), float(r[4])) for r in rows if (r[0], r[3]) == (stage, name)]
             axis.plot(*zip(*points, strict=True), label=name)
-        axis.set(xlabel=f"{stage}: pictures seen", ylabel=label)
+        axis.set(xlabel=f"{stage}: pictures seen, thousands", ylabel=label)
+        axis.xaxis.set_major_formatter(lambda n, _: f"{n / 1000:g}")
         axis.grid(alpha=0.3)
     axes[1].set_yscale("log")
     axes[1].legend()
