@@ -50,16 +50,18 @@ def line(steps: int, work: Path, fail_at: int | None = None) -> tuple[nn.Module,
     torch.manual_seed(0)
     module, losses = nn.Linear(3, 1), []
 
-    def loss(generator: torch.Generator, progress: float) -> dict[str, torch.Tensor]:
+    def draw(generator: torch.Generator, progress: float) -> list[torch.Tensor]:
+        return [torch.randn(8, 3, generator=generator)]
+
+    def loss(x: torch.Tensor) -> dict[str, torch.Tensor]:
         if len(losses) == fail_at:
             raise Interrupted
-        x = torch.randn(8, 3, generator=generator)
         value = ((module(x) - x.sum(dim=1, keepdim=True)) ** 2).mean()
         losses.append(value.item())
         return {"loss": value}
 
     stage = train.Stage(
-        "line", nn.ModuleDict({"line": module}), loss, lambda: {}, steps * 8, 8, rate=0.2
+        "line", nn.ModuleDict({"line": module}), draw, loss, lambda: {}, steps * 8, 8, rate=0.2
     )
     train.fit(stage, work, minutes=0)
     return module, losses
@@ -79,17 +81,44 @@ def test_an_interrupted_run_goes_on_as_if_nothing_had_been(tmp_path):
 
 def test_a_loss_that_is_no_number_ends_the_run(tmp_path):
     """... before the next checkpoint replaces the last."""
-    module, seen = nn.Linear(3, 1), []
+    module = nn.Linear(3, 1)
 
-    def loss(generator: torch.Generator, progress: float) -> dict[str, torch.Tensor]:
-        seen.append(progress)
-        return {"loss": module.weight.sum() * (float("nan") if len(seen) > 30 else 1.0)}
+    def draw(generator: torch.Generator, progress: float) -> list[torch.Tensor]:
+        return [torch.tensor(float("nan") if progress >= 0.3 else 1.0)]
 
-    stage = train.Stage("line", nn.ModuleDict({"line": module}), loss, lambda: {}, 100, 1, 0.1)
+    def loss(factor: torch.Tensor) -> dict[str, torch.Tensor]:
+        return {"loss": module.weight.sum() * factor}
+
+    modules = nn.ModuleDict({"line": module})
+    stage = train.Stage("line", modules, draw, loss, lambda: {}, 100, 1, 0.1)
     with pytest.raises(FloatingPointError, match=r"nan at step 30 of 100.*lower rate than 0.1"):
         train.fit(stage, tmp_path, minutes=0)
     saved = torch.load(tmp_path / "line.pt", weights_only=True)
     assert saved["step"] == 20 and saved["modules"]["line.weight"].isfinite().all()
+
+
+@pytest.mark.gpu
+def test_a_recorded_step_is_the_step_itself(tmp_path):
+    found = []
+    for recorded in (False, True):
+        torch.manual_seed(0)
+        module, work = nn.Linear(3, 1).cuda(), tmp_path / str(recorded)
+        found.append(module.weight.detach().cpu().clone())
+        work.mkdir()
+
+        def draw(generator: torch.Generator, progress: float) -> list[torch.Tensor]:
+            return [torch.randn(8, 3, generator=generator)]
+
+        def loss(x: torch.Tensor, module: nn.Module = module) -> dict[str, torch.Tensor]:
+            return {"loss": ((module(x) - x.sum(dim=1, keepdim=True)) ** 2).mean()}
+
+        modules = nn.ModuleDict({"line": module})
+        stage = train.Stage("line", modules, draw, loss, lambda: {}, 800, 8, 0.2, recorded=recorded)
+        train.fit(stage, work, minutes=0)
+        found.append(module.weight.detach().cpu())
+    first, plain, _, recorded = found
+    assert torch.allclose(plain, recorded, atol=1e-5)
+    assert (plain - 1).norm() < (first - 1).norm() / 2
 
 
 def test_the_average_is_kept_not_the_last_weights(tmp_path):
@@ -126,7 +155,7 @@ def test_what_is_looked_up_is_left_to_adamw():
     modules = nn.ModuleDict(
         {"text": train.make_text_encoder(TINY, 50), "vae": train.make_vae(TINY)}
     )
-    stage = train.Stage("both", modules, lambda *_: {}, lambda: {}, 1, 1, 1e-3)
+    stage = train.Stage("both", modules, lambda *_: [], lambda: {}, lambda: {}, 1, 1, 1e-3)
     muon, adamw = (
         {id(p) for group in optimizer.param_groups for p in group["params"]}
         for optimizer in train.make_optimizers(stage)
