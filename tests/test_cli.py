@@ -475,7 +475,7 @@ def test_a_sweep_has_a_row_for_each_edit(run: Run):
 
 
 def test_half_precision(run: Run):
-    command = [SQUIRREL, "--swap", "squirrel=lion", "--steps", "3"]
+    command = [SQUIRREL, "--swap", "squirrel=lion", "--steps", "10"]
     wrote(run(*command, "--dtype", "bfloat16"), ONE)
     assert run(*command, "--out", "full").status == 0
     assert 0 < difference("out/edit-1.png", "full/edit-1.png") < 64

@@ -477,15 +477,8 @@ def pndm_blend() -> Case:
 def guidance_1() -> Case:
     return Case(
         [SQUIRREL, LION],
-        WordSwap(0.7, 0.4, LocalBlend("lion", threshold=0.31)),
-        [
-            ref.Edit(
-                ref.replace,
-                (0, 0.7),
-                (0, 0.4),
-                blend=ref.Blend(["squirrel"], ["lion"], threshold=0.31),
-            )
-        ],
+        WordSwap(0.7, 0.4, LocalBlend("lion")),
+        [ref.Edit(ref.replace, (0, 0.7), (0, 0.4), blend=ref.Blend(["squirrel"], ["lion"]))],
         {"guidance_scale": 1},
     )
 

@@ -183,7 +183,7 @@ def test_the_source_is_the_same_beside_edits(request, which, prompts, edit):
     off = (beside.latents[0] - alone.latents[0]).abs().max() / alone.latents.abs().max()
     pixels = [np.asarray(result.images[0], int) for result in (alone, beside)]
     print(f"{which}: {off:.1e} relative, {abs(pixels[0] - pixels[1]).max()} of 255")
-    assert off < 1e-5
+    assert off < 3e-5
     assert abs(pixels[0] - pixels[1]).max() <= 1
     assert not beside.latents[-1].allclose(alone.latents[0], atol=0.1)
 

@@ -68,7 +68,7 @@ class Preset:
     vae_rate: float = 1e-3
     rate: float = 2e-3
     supervise: float = 0.2  # weight of the loss on word maps; 0 leaves them to themselves
-    supervise_until: float = 1.0  # share of the samples after which they are left to themselves
+    supervise_until: float = 0.33  # share of the samples after which they are left to themselves
     crop: int = 64  # pixels on each side of what the VAE sees most of the time
 
 
@@ -806,7 +806,7 @@ def plot(log: Path, out: Path) -> None:
     ):
         for name in names:
             points = [(int(r[1]), float(r[4])) for r in rows if (r[0], r[3]) == (stage, name)]
-            axis.plot(*zip(*points, strict=True), label=name)
+            axis.plot(*zip(*points, strict=True), label=name, marker=".", markersize=3)
         axis.set(xlabel=f"{stage}: pictures seen, thousands", ylabel=label)
         axis.xaxis.set_major_formatter(lambda n, _: f"{n / 1000:g}")
         axis.grid(alpha=0.3)
