@@ -514,7 +514,7 @@ from minip2p import show, text
 model = minip2p.load(device="cpu"); lap()
 prompts = ["a squirrel eating a burger", "a lion eating a burger"]
 text.encode(model.text_encoder, [text.tokenize(model.tokenizer, p) for p in prompts]); lap()
-decode, minip2p.sample.decode = minip2p.sample.decode, lambda model, x: (lap(), decode(model, x))[1]
+decode, minip2p.sample.decode = minip2p.sample.decode, lambda *given: (lap(), decode(*given))[1]
 result = minip2p.generate(model, prompts, edit=minip2p.WordSwap(), seed=8888); lap()
 from pathlib import Path
 for i, image in enumerate(result.images): image.save(Path(sys.argv[1]) / f"{i}.png")
@@ -527,6 +527,8 @@ def part_bundled(args: argparse.Namespace) -> dict:
     """From a new process to written pictures, on the bundled model: 50 steps of two prompts."""
     prompt = "a squirrel eating a burger"
     with tempfile.TemporaryDirectory() as folder:
+        cold = Path(folder, "cold")
+        cold.mkdir()  # minip2p.sample replaces nobody else's pictures
         ours, out = ["-m", "minip2p.sample", prompt], ["--out", folder]
         commands = {
             "minip2p.sample, one picture of 1 step": [*ours, "--steps", "1", *out],
@@ -536,7 +538,7 @@ def part_bundled(args: argparse.Namespace) -> dict:
         }
         split, whole = [], {name: [] for name in commands}
         for number in range(args.rounds):
-            lines = run_python(["-c", COLD, folder], args.threads)[2].splitlines()
+            lines = run_python(["-c", COLD, str(cold)], args.threads)[2].splitlines()
             split.append([[float(seconds) for seconds in line.split()] for line in lines])
             for name, command in commands.items():
                 whole[name].append(run_python(command, args.threads)[:2])
@@ -556,17 +558,18 @@ def part_bundled(args: argparse.Namespace) -> dict:
 def run_python(arguments: list[str], threads: int) -> tuple[float, float, str]:
     """Wall and CPU seconds of a new Python process, and what it printed."""
     start, cpu = time.perf_counter(), resource.getrusage(resource.RUSAGE_CHILDREN)
-    output = subprocess.run(
+    done = subprocess.run(
         [sys.executable, *arguments],
-        check=True,
         capture_output=True,
         text=True,
         cwd=HERE.parent,
         env=os.environ | {"OMP_NUM_THREADS": str(threads)},
-    ).stdout
+    )
+    if done.returncode:
+        raise SystemExit(f"A measured process failed:\n{done.stderr}")
     now = resource.getrusage(resource.RUSAGE_CHILDREN)
     used = now.ru_utime - cpu.ru_utime + now.ru_stime - cpu.ru_stime
-    return time.perf_counter() - start, used, output
+    return time.perf_counter() - start, used, done.stdout
 
 
 def part_diffusers_bundled(args: argparse.Namespace) -> None:

@@ -1,7 +1,10 @@
 """minip2p.fast and a compiled UNet compute the same."""
 
 import copy
+import json
+import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -151,3 +154,13 @@ def test_memory_can_be_kept_and_given_back() -> None:
         assert torch.equal(x + x, 2 * x)
     finally:
         assert fast.keep_memory(False) == there
+
+
+@pytest.mark.slow
+def test_the_bundled_models_benchmark_runs(tmp_path) -> None:
+    """It calls the program from outside, where a change of the program goes unseen."""
+    command = [sys.executable, str(Path(__file__).parents[1] / "benchmarks" / "run.py"), "bundled"]
+    results = tmp_path / "results.json"
+    subprocess.run([*command, "--rounds", "1", "--results", str(results)], check=True)
+    parts, whole = json.loads(results.read_text())["bundled"].values()
+    assert len(parts["rows"]) == 6 and len(whole["rows"]) == 4
