@@ -335,6 +335,20 @@ def test_the_page_shows_seeds_in_order_as_they_come(tmp_path, monkeypatch):
     assert (tmp_path / "page.jpg").exists()
 
 
+def test_a_word_of_weight_0_is_wrong_where_it_is_left(monkeypatch):
+    """The sheet's red frames: what a caption names is to be there, what is silenced is not."""
+    sheets = []
+    shown = {"subject": True, "object": False, "place": True}, {"object": True, "place": False}
+    monkeypatch.setitem(bench.ITEMS, "reweight", (800_000, 2, 2))
+    monkeypatch.setattr(bench, "judge", lambda seen, i, scene: shown[i == 1])
+    monkeypatch.setattr(bench.Bench, "save", lambda self, part, rows: sheets.extend(rows))
+    bench.Bench(minip2p.load(device="cpu"), detector.Detector(SMALL), steps=1).reweight()
+    (place, noun), object_ = sheets, sheets[1][0][1].split()[-3]
+    assert [wrong for _, _, wrong in place] == [["no object"], [], ["no object"]]
+    wrong = [["no object"], ["no place", f"still {object_}"], ["no object"]]
+    assert [wrong for _, _, wrong in noun] == wrong
+
+
 def test_a_map_is_localised_by_its_peak_and_its_half():
     drawn = draw(Scene("lion", layout=1), 64)
     mask = torch.from_numpy(drawn.masks["lion"]).unflatten(0, (16, 4)).unflatten(2, (16, 4))

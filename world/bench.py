@@ -316,7 +316,7 @@ class Bench:
                 facts["all of these"][kind].append(all(shown.values()))
                 spurious = [noun for noun in seen.shown(i) if noun not in scene.nouns]
                 facts["other nouns a picture"][kind].append(float(len(spurious)))
-                wrong = [f"no {name}" for name in _missing(shown)] + [f"also {n}" for n in spurious]
+                wrong = _missing(shown) + [f"also {n}" for n in spurious]
                 sheet.append((images[i], scene.caption, wrong))
             for _ in range(20):  # the same pictures under each other's captions
                 for i, other in enumerate(rng.permutation(len(scenes))):
@@ -434,7 +434,7 @@ class Bench:
                 note["SSIM"].append(similarity)
                 note["IoU"].append(iou(was, is_now))
                 wrong = [f"no {noun}" for noun in (new, *others) if not seen.shows(i, noun)]
-                wrong += [old] if seen.shows(i, old) else []
+                wrong += [f"still {old}"] if seen.shows(i, old) else []
                 row.append((images[i], f"{new}, {name}, {psnr:.1f} dB", wrong))
             rows.append(row)
         facts["the source"]["its nouns there"] = right_sources
@@ -499,16 +499,21 @@ class Bench:
             return scene.place if kind == "place" else scene.object
 
         for kind, scene in self.halves("reweight", named, ("place", "noun")):
-            word = named(scene, kind).split()[-1]
+            word, part = named(scene, kind).split()[-1], "place" if kind == "place" else "object"
             edits = [Reweight({word: weight}) for weight in (0, 2)]
             images, seen = self.generate(scene, [scene.caption] * 2, edits)
             row = []
             for i, weight in enumerate((1, 0, 2)):
                 shown, note = judge(seen, i, scene), facts[f"{kind} × {weight}"]
-                note["shown"].append(shown["place" if kind == "place" else "object"])
+                note["shown"].append(shown[part])
                 others = [noun for noun in scene.nouns if noun != word]
                 note["other nouns kept"].append(all(seen.shows(i, noun) for noun in others))
-                row.append((images[i], f"{scene.caption}, {word} x {weight}", _missing(shown)))
+                if weight:
+                    wrong = _missing(shown)
+                else:  # of which it is to be gone
+                    wrong = _missing({k: v for k, v in shown.items() if k != part})
+                    wrong += [f"still {word}"] if shown[part] else []
+                row.append((images[i], f"{scene.caption}, {word} x {weight}", wrong))
             rows.append(row)
         self.save("reweight", rows)
         return facts
@@ -596,7 +601,7 @@ def localised(heat: Tensor, drawn: Drawn, noun: str) -> dict[str, bool | float]:
 
 
 def _missing(shown: dict[str, bool]) -> list[str]:
-    return [name for name, right in shown.items() if not right]
+    return [f"no {name}" for name, right in shown.items() if not right]
 
 
 def _batches(items: Sequence, n: int) -> Iterator[Sequence]:

@@ -109,7 +109,8 @@ def measure(bench: Bench, ways: Sequence[Way] = CHOSEN, n: int | None = None) ->
             note["to truth"].append(psnr(image, pair.true.image))
             note["in the thing"].append(psnr(image, pair.true.image, pair.changed))
             note["IoU"].append(iou(seen.mask(i, new), covered(pair.true.masks[new])))
-            wrong = [] if name == "the input" else [new] * (not there) + [old] * (not gone)
+            wrong = [f"no {new}"] * (not there) + [f"still {old}"] * (not gone)
+            wrong = [] if name == "the input" else wrong
             row.append((image, f"{name}, {note['background'][-1]:.1f} dB", wrong))
         ceilings(bench, pair, facts)
         sheet.append(row)
