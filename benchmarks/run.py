@@ -451,13 +451,13 @@ def part_memory(args: argparse.Namespace) -> dict:
             tables[title] = []
             for name in names:
                 print(f"  {title}: {name}", file=sys.stderr)
-                command = [sys.executable, __file__, "one", "--side", name, "--dtype", args.dtype]
+                command = [__file__, "one", "--side", name, "--dtype", args.dtype]
                 command += ["--latents", str(size), "--edits", str(edits)]
-                command += ["--cache", str(args.cache), "--threads", str(args.threads)]
+                command += ["--cache", str(args.cache.resolve()), "--threads", str(args.threads)]
                 peaks = []
                 for _ in range(args.processes):  # what loading left behind differs by some 50 MB
-                    output = subprocess.run(command, check=True, capture_output=True, text=True)
-                    peaks.append(json.loads(output.stdout.splitlines()[-1]))
+                    printed = run_python(command, args.threads)[2]
+                    peaks.append(json.loads(printed.splitlines()[-1]))
                 keys = "extra MB", "model MB"
                 tables[title].append(
                     {"side": name} | {key: median([peak[key] for peak in peaks]) for key in keys}

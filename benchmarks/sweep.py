@@ -13,8 +13,6 @@ import argparse
 import itertools
 import os
 import statistics
-import subprocess
-import sys
 import tempfile
 import time
 from collections.abc import Sequence
@@ -22,6 +20,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from run import run_python
 
 import minip2p
 from minip2p.tools import fast
@@ -104,11 +103,8 @@ def overhead(edits: int, seeds: int) -> None:
 
 def timed(study: Path, out: Path, threads: int, *more: str) -> float:
     """Seconds from the start of the command to its end."""
-    environment = {**os.environ, "OMP_NUM_THREADS": str(threads)}
-    command = [sys.executable, "-m", "minip2p.sweep", str(study), "--out", str(out), "--latents"]
-    began = time.perf_counter()
-    subprocess.run([*command, *more], env=environment, check=True, stderr=subprocess.DEVNULL)
-    return time.perf_counter() - began
+    command = ["-m", "minip2p.sweep", str(study), "--out", str(out), "--latents", *more]
+    return run_python(command, threads)[0]
 
 
 def workers(edits: int, seeds: int, repetitions: int) -> None:

