@@ -29,7 +29,7 @@ def worker(size: int) -> None:
 
     import minip2p
     from minip2p import LocalBlend, WordSwap, text
-    from minip2p.attention import Guided, Words
+    from minip2p.attention import CachedContext, PromptRows
     from minip2p.edit import bind
 
     torch.set_num_threads(os.cpu_count() or 1)
@@ -40,7 +40,7 @@ def worker(size: int) -> None:
         torch.manual_seed(0)
         unet = minip2p.unet.UNet().eval().requires_grad_(False)
     width = unet.mid_block.attentions[0].transformer_blocks[0].attn2.to_k.in_features
-    kept = Words(torch.randn(2 * n, 77, width, generator=torch.Generator().manual_seed(1)))
+    kept = CachedContext(torch.randn(2 * n, 77, width, generator=torch.Generator().manual_seed(1)))
     x = torch.randn(1, 4, side, side, generator=torch.Generator().manual_seed(2))
     x = x.expand(2 * n, -1, -1, -1)
     edits = {
@@ -52,15 +52,15 @@ def worker(size: int) -> None:
     }
     coarse = (side, side) if side <= 16 else (16, 16)  # a UNet of three levels that attend
     bound = {
-        name: bind(edit, tokens, latent_size=(side, side), coarse=coarse)
+        name: bind(edit, tokens, latent_size=(side, side), coarse=coarse, defaults=model.defaults)
         for name, edit in edits.items()
     }
 
     @torch.inference_mode()
     def call(name: str) -> float:
         start = time.perf_counter()
-        now = bound[name] and bound[name].at(25, 50)
-        unet(x, 501, kept, now and Guided(now, n))
+        now = bound[name] and bound[name].at(25, 50, 0)
+        unet(x, 501, kept, now and PromptRows(now, n))
         return time.perf_counter() - start
 
     for line in sys.stdin:

@@ -41,10 +41,10 @@ sys.path[:0] = [str(HERE.parent)]
 
 import minip2p  # noqa: E402
 from minip2p import LocalBlend, Refine, Reweight  # noqa: E402
-from minip2p.settings import bind_to  # noqa: E402
-from minip2p.tools.cluster import Work, cluster  # noqa: E402
-from minip2p.tools.results import Files, Row, put  # noqa: E402
-from minip2p.tools.worker import identity  # noqa: E402
+from minip2p.pipeline import bind_edit  # noqa: E402
+from minip2p.sweep.ray import Work, cluster  # noqa: E402
+from minip2p.sweep.results import Files, Row, put  # noqa: E402
+from minip2p.sweep.worker import identity  # noqa: E402
 
 STEPS, GUIDANCE, CROSS, SELF = 50, 7.5, 0.4, 0.6
 METHODS = {  # arguments of invert
@@ -152,25 +152,25 @@ def make_set(folder: Path, n: int = 6, pixels: int = 512) -> None:
 # ---- Editing -------------------------------------------------------------------------------------
 
 
-class Wider(minip2p.Edit):
-    """A bound edit whose self-attention is the source's at sites of twice the coarse size, too."""
+class Wider(minip2p.Hook):
+    """A bound edit whose self-attention is the source's at layers of twice the coarse size, too."""
 
     def __init__(self, edit: Any):
         self.edit = edit
 
-    def at(self, call: int, calls: int) -> minip2p.Edit:
-        return Wider(self.edit.at(call, calls))
+    def at(self, call: int, calls: int, timestep: int) -> minip2p.Hook:
+        return Wider(self.edit.at(call, calls, timestep))
 
-    def wants(self, site: minip2p.Site) -> bool:
-        return self.mix(site) is not None
+    def applies_to(self, layer: minip2p.Layer) -> bool:
+        return self.linear(layer) is not None
 
-    def mix(self, site: minip2p.Site) -> Any:
+    def linear(self, layer: minip2p.Layer) -> Any:
         h, w = self.edit.coarse
-        small = not site.is_cross and site.height * site.width <= 4 * h * w
-        return self.edit.layout if small else self.edit.mix(site)
+        small = not layer.is_cross and layer.height * layer.width <= 4 * h * w
+        return self.edit.self_attn if small else self.edit.linear(layer)
 
-    def blend(self, latents: Tensor) -> Tensor:
-        return self.edit.blend(latents)
+    def after_step(self, latents: Tensor) -> Tensor:
+        return self.edit.after_step(latents)
 
 
 def edit_of(item: dict[str, Any]) -> Reweight | Refine:
@@ -190,10 +190,10 @@ def edited(
     source = minip2p.invert(model, file, prompts[0], num_inference_steps=steps, **METHODS[method])
     size, note = source.trajectory.shape[-2:], ""
     try:
-        bound = bind_to(model, prompts, edit_of(item), size)[1]
+        bound = bind_edit(model, prompts, edit_of(item), size)[1]
     except ValueError as error:  # an annotated word that the prompts do not have
         note = str(error)
-        bound = bind_to(model, prompts, Refine(CROSS, SELF), size)[1]
+        bound = bind_edit(model, prompts, Refine(CROSS, SELF), size)[1]
     out = minip2p.generate(
         model,
         prompts,
@@ -325,7 +325,7 @@ def clip_of(folder: str, device: str) -> Metric:
     processor = CLIPProcessor.from_pretrained(folder)
 
     def score(pixels: Tensor, prompt: str) -> float:
-        image = minip2p.show.to_images(pixels * 2 - 1)[0]
+        image = minip2p.vae.to_images(pixels * 2 - 1)[0]
         settings = {"return_tensors": "pt", "padding": True, "truncation": True}
         inputs = processor(text=[prompt], images=[image], **settings).to(device)
         out = net(**inputs)

@@ -244,14 +244,15 @@ def call_sides(
     import torch
     from written_out import Controller, control
 
-    from minip2p import AttentionStore, Chain, LocalBlend, WordSwap, text
-    from minip2p.attention import Guided, Words
+    from minip2p import AttentionStore, LocalBlend, WordSwap, text
+    from minip2p.attention import CachedContext, Chain, PromptRows
     from minip2p.edit import bind
-    from minip2p.settings import coarse_size
 
     some = model or quick
     prompts = prompts_of(edits)
-    coarse = coarse_size(size, size, 3)
+    coarse = (size, size)
+    while min(coarse) >= 32:
+        coarse = (coarse[0] // 2, coarse[1] // 2)
     torch.manual_seed(1)
     x = torch.randn(1, 4, size, size).expand(2 * len(prompts), -1, -1, -1)
     device = some.device if some else pipeline.device
@@ -267,7 +268,7 @@ def call_sides(
 
     def swap(**options: Any) -> Any:
         edit, sizes = WordSwap(1.0, 1.0, **options), {"latent_size": (size, size), "coarse": coarse}
-        return bind(edit, tokens, device=device, **sizes)
+        return bind(edit, tokens, device=device, defaults={}, **sizes)
 
     if pipeline:
         plain = dict(pipeline.unet.attn_processors)
@@ -293,11 +294,11 @@ def call_sides(
     def ours(unet: Any, edit: Any) -> Callable[[], Any]:
         n = len(prompts)
         # The prompts come first here, last in diffusers. Projected in the warm-up: once a run.
-        kept = Words(context.roll(n, 0))
+        kept = CachedContext(context.roll(n, 0))
 
         def call() -> Any:
-            now = edit and edit.at(0, 50)
-            return unet(x, 501, kept, now and Guided(now, n)).roll(n, 0)
+            now = edit and edit.at(0, 50, 0)
+            return unet(x, 501, kept, now and PromptRows(now, n)).roll(n, 0)
 
         return call
 

@@ -23,11 +23,11 @@ import torch
 from run import run_python
 
 import minip2p
-from minip2p.tools import fast
-from minip2p.tools.results import Table
-from minip2p.tools.study import edit_of, read
-from minip2p.tools.sweep import grouped, make_jobs
-from minip2p.tools.worker import Job, Worker
+from minip2p import fast
+from minip2p.sweep.program import grouped, make_jobs
+from minip2p.sweep.results import Table
+from minip2p.sweep.study import edit_of, read
+from minip2p.sweep.worker import Job, Worker
 
 SWAPS = ["squirrel=lion", "burger=pizza", "squirrel=cat", "burger=cake"]
 WINDOWS = [0.2, 0.8]  # of cross-attention

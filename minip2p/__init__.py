@@ -1,37 +1,38 @@
 """Stable Diffusion 1.x and Prompt-to-Prompt, small enough to read in one sitting."""
 
-import warnings
-
-# `python -m minip2p.sample` runs a module that is imported below. It only calls the command line.
-warnings.filterwarnings("ignore", "'minip2p.sample' found in sys.modules", RuntimeWarning)
-
-from .align import Alignment  # noqa: E402
-from .attention import Edit, Site  # noqa: E402
-from .blend import LocalBlend  # noqa: E402
-from .edit import PromptEdit, Refine, Reweight, WordSwap  # noqa: E402
-from .invert import Inversion, invert  # noqa: E402
-from .sample import Result, denoise, generate  # noqa: E402
-from .scheduler import DDIM, PNDM  # noqa: E402
-from .store import AttentionStore, Chain  # noqa: E402
-from .tools import fast, show  # noqa: E402
-from .tools.table import explain  # noqa: E402
-from .weights import StableDiffusion, WeightsError, load  # noqa: E402
+from . import fast, show
+from .align import Alignment, Prompt
+from .attention import Hook, Layer
+from .blend import LocalBlend
+from .edit import PromptEdit, Refine, Reweight, WordSwap
+from .errors import UserError
+from .explain import explain
+from .invert import Inversion, invert
+from .linear_edit import LinearEdit, SourceMaps
+from .pipeline import Result, denoise, generate
+from .scheduler import DDIM, PNDM, Scheduler
+from .store import AttentionStore
+from .weights import StableDiffusion, WeightsError, load
 
 __all__ = [
     "DDIM",
     "PNDM",
     "Alignment",
     "AttentionStore",
-    "Chain",
-    "Edit",
+    "Hook",
     "Inversion",
+    "Layer",
+    "LinearEdit",
     "LocalBlend",
+    "Prompt",
     "PromptEdit",
     "Refine",
     "Result",
     "Reweight",
-    "Site",
+    "Scheduler",
+    "SourceMaps",
     "StableDiffusion",
+    "UserError",
     "WeightsError",
     "WordSwap",
     "denoise",

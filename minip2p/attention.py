@@ -1,199 +1,233 @@
-"""Attention, and the one line where Prompt-to-Prompt reaches into it.
+"""Attention, and the line where Prompt-to-Prompt reaches into it.
 
-    probs = softmax(q kᵀ / √d)      who looks at what: the attention map
-    probs = edit(probs, site)       Prompt-to-Prompt (Hertz et al. 2022, algorithm 1)
+    probs = softmax(q kᵀ / √d)      the attention map: which token each pixel looks at
+    probs = hook(probs, layer)      Prompt-to-Prompt (Hertz et al. 2022, algorithm 1)
     out   = probs v
 
-An edit is a hook that sees every prompt's map, row 0 the source's, and returns the maps to use
-instead. It travels as an argument, unet(x, t, context, edit), so nothing is registered and nothing
-is undone. An edit that is linear in the maps can say so, with a Mix: then no map is written down.
+A hook travels as an argument, unet(x, t, context, hook), so nothing is registered and nothing has
+to be undone. It sees the maps of all prompts and returns the maps to use. A hook that is linear in
+the maps can say so, with a LinearEdit (linear_edit.py): then no map is written down.
 
-Shapes:  b batch, one row a prompt · i heads · d width · q query pixels, h·w ·
+Shapes:  b batch, one row a prompt · i heads · d width of a head · q query pixels, h·w ·
          k keys, 77 tokens or again pixels
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
-from typing import NamedTuple
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import scaled_dot_product_attention
+
+from .errors import check
+
+if TYPE_CHECKING:
+    from .align import Prompt
+    from .linear_edit import LinearEdit
 
 Size = tuple[int, int]  # height, width
 Device = torch.device | str
 
 
 @dataclass(frozen=True)
-class Site:
-    """The address of one attention layer, and the size of the feature map passing through."""
+class Layer:
+    """The address of one attention layer, and the size of the feature map that it gets."""
 
     name: str  # "up_blocks.1.attentions.0.transformer_blocks.0.attn2"
     place: str  # "down", "mid" or "up"
-    is_cross: bool  # True: pixels look at words (attn2). False: pixels look at pixels (attn1).
-    height: int = 0  # of the feature map; 0 as long as none has come
+    is_cross: bool  # True: pixels look at tokens (attn2). False: pixels look at pixels (attn1).
+    height: int = 0  # of the feature map; 0 until one has come
     width: int = 0
 
 
-class Edit:
-    """What can be done to attention maps during a run. Subclass it and override what you need.
+class Hook:
+    """Change attention during a run. Subclass it and override what you need.
 
-    The example doubles a word's attention during the first half of the run:
+    The example doubles the attention that token 5 gets during the first half of the run:
 
-        class Louder(minip2p.Edit):
-            def at(self, call, calls):
+        class Louder(minip2p.Hook):
+            def at(self, call, calls, timestep):
                 return self if call < calls / 2 else None
 
-            def __call__(self, probs, site):
-                if site.is_cross:
+            def __call__(self, probs, layer):
+                if layer.is_cross:
                     probs[1:, ..., 5] *= 2
                 return probs
+
+    Rows: a hook sees one row for each prompt, row 0 the source's. The unconditional rows of the
+    guidance follow the prompts' rows in the UNet's batch, and only `attend_all_rows` gets them.
+    Gradients: nothing here or in the model detaches. A hook may call the UNet itself under
+    `torch.enable_grad()` and change the latents, in `before_step` or `after_step`.
     """
 
-    def at(self, call: int, calls: int) -> Edit | None:
-        """What UNet call `call` of `calls`, from 0, needs; or None. (PNDM: n steps are n + 1.)"""
+    def begin(self, prompts: Sequence[Prompt], coarse: Size, device: torch.device) -> None:
+        """Prepare for a run. prompts: tokenized, row 0 the source. coarse: see UNet.coarse_size."""
+
+    def at(self, call: int, calls: int, timestep: int) -> Hook | None:
+        """Return the hook for UNet call `call` of `calls`, counted from 0; None: no hook.
+
+        A call is not a step: PNDM makes n + 1 calls for n steps.
+        """
         return self
 
-    def wants(self, site: Site) -> bool:
-        """Whether this layer's map is to be seen. False keeps the layer's fast path."""
+    def applies_to(self, layer: Layer) -> bool:
+        """Tell whether the hook acts at this layer. Where it does not, the layer stays fused."""
         return True
 
-    def __call__(self, probs: Tensor, site: Site) -> Tensor:
-        """probs: b i q k in float32, row 0 the source's, yours to change → the maps to use."""
-        mix = self.mix(site)
-        return probs if mix is None else mix(probs)
-
-    def mix(self, site: Site) -> Mix | None:
-        """The same edit as a linear map, for which no map is written down; None: it has none."""
-        return None
-
-    def blend(self, latents: Tensor) -> Tensor:
-        """latents: b 4 h w, after the scheduler's step → the latents to go on with."""
-        return latents
-
-
-class Taken(NamedTuple):
-    """What some rows take over of the source's map."""
-
-    rows: list[int]  # n
-    matrices: Tensor  # n k k: S of each
-
-    def of(self, v: Tensor) -> Tensor:
-        """S V of each row, in float32 for the fractions in S. v: b i k d → n i k d"""
-        taken = precise(torch.stack([v[row] for row in self.rows]))
-        return (self.matrices[:, None].to(taken.dtype) @ taken).to(v.dtype)
-
-
-@dataclass(frozen=True)
-class Mix:
-    """An edit as a linear map: M̂_r = (M_look[r] diag(o_r) + M_0 S_r) diag(w_r) for each row r."""
-
-    # look, own and scale go on for as many rows again: the blank ones, which they leave alone.
-    look: Tensor | None = None  # 2·rows; None: every row through its own map
-    only: Taken | None = None  # rows that look through M_0 alone, and not as it is: M_0 S_r
-    own: Tensor | None = None  # 2·rows k: o; None: all ones
-    also: Taken | None = None  # rows that take M_0 S_r beside their own map
-    scale: Tensor | None = None  # 2·rows k: w; None: all ones
-    # (columns: rows k c, add) pairs: add(M̂ @ columns: rows q c, mean over heads) is called each
-    # time, with M̂ as it is before the scale: a word that is silenced can still be found.
-    reads: tuple[tuple[Tensor, Callable[[Tensor], None]], ...] = ()
-
-    def __call__(self, probs: Tensor) -> Tensor:
-        """The definition, on maps that are written down. probs: rows i q k → rows i q k"""
-        n = len(probs)
-        mixed = probs.clone() if self.look is None else probs[self.look[:n]]
-        if self.only:
-            rows, matrices = self.only
-            mixed[rows] = mixed[rows] @ matrices[:, None].to(probs.dtype)
-        if self.own is not None:
-            mixed *= self.own[:n, None, None]
-        if self.also:
-            rows, matrices = self.also
-            mixed[rows] += probs[0] @ matrices[:, None].to(probs.dtype)
-        for columns, add in self.reads:
-            add(mixed.mean(dim=1) @ columns.to(probs.dtype))
-        return mixed if self.scale is None else mixed * self.scale[:n, None, None].to(probs.dtype)
-
-    def attend(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        """self(maps of q and k) @ v, without the maps: (M S diag(w)) V = M (S (diag(w) V))
+    def attend(self, q: Tensor, k: Tensor, v: Tensor, layer: Layer) -> Tensor:
+        """Compute attention with an edited map. Override it to change more than the map.
 
         q: b i q d. k, v: b i k d → b i q d
         """
-        v = v if self.scale is None else times(self.scale, v)
-        values = v if self.own is None else times(self.own, v)
-        if self.only:
-            values = values.clone()
-            for row, part in zip(self.only.rows, self.only.of(v), strict=True):
-                values[row] = part
-        look = None if self.look is None else self.look[: len(v)]
-        q_r, k_r = (q, k) if look is None else (rows_of(t, look) for t in (q, k))
-        out = scaled_dot_product_attention(q_r, k_r, values)
-        if self.also:
-            q_0, k_0 = (t[:1].expand(len(self.also.rows), -1, -1, -1) for t in (q, k))
-            more = scaled_dot_product_attention(q_0, k_0, self.also.of(v))
-            for row, part in zip(self.also.rows, more, strict=True):
-                out[row].add_(part)  # with += it is written twice
-        return out
+        linear = self.linear(layer)
+        if linear is not None:
+            return linear.attend(q, k, v)  # the same result, and no map is written down
+        probs = attention_map(q, k)  # b i q k
+        if probs.requires_grad:
+            probs = probs.clone()  # the hook may write to its map, and softmax's gradient reads it
+        probs = self(probs, layer)
+        return (probs @ at_least_float32(v)).to(v.dtype)
 
-    def read(self, q: Tensor, k: Tensor) -> None:
-        """Hand out M̂ @ columns: the sum of some columns of a map is one more value to attend to."""
-        columns = torch.cat([columns for columns, _ in self.reads], dim=-1)  # rows k c
-        rows, d, unscaled = len(columns), q.shape[-1], replace(self, scale=None)
-        q, k = precise(q[:rows]), precise(k[:rows])
-        maps = []
-        for some in columns.split(d, dim=-1):
-            values = torch.zeros_like(k)  # as wide as k: the fast kernels ask for it
-            values[..., : some.shape[-1]] = some[:, None]
-            maps.append(unscaled.attend(q, k, values)[..., : some.shape[-1]].mean(dim=1))
-        parts = torch.cat(maps, dim=-1).split([c.shape[-1] for c, _ in self.reads], dim=-1)
-        for (_, add), part in zip(self.reads, parts, strict=True):
-            add(part)
+    def attend_all_rows(
+        self, q: Tensor, k: Tensor, v: Tensor, layer: Layer, prompts: int
+    ) -> Tensor:
+        """Compute attention of all rows: first the `prompts` rows, then the unconditional ones.
 
+        The unconditional rows keep their own attention. Override it to change them too; shapes are
+        those of `attend`, with more rows.
+        """
+        linear = self.linear(layer)
+        if linear is not None:
+            return linear.attend(q, k, v)  # leaves the unconditional rows alone by itself
+        if len(q) == prompts:  # without guidance
+            return self.attend(q, k, v, layer)
+        edited = self.attend(q[:prompts], k[:prompts], v[:prompts], layer)
+        plain = scaled_dot_product_attention(q[prompts:], k[prompts:], v[prompts:])
+        return torch.cat([edited, plain])
 
-def rows_of(t: Tensor, look: Tensor) -> Tensor:
-    """t[look], in memory in the order b q i d as t is: else the output is copied. t: b i q d"""
-    return t.transpose(1, 2).index_select(0, look).transpose(1, 2)  # four times as fast as t[look]
+    def __call__(self, probs: Tensor, layer: Layer) -> Tensor:
+        """Edit the map. probs: b i q k in float32, which the hook may write to → the map to use."""
+        linear = self.linear(layer)
+        return probs if linear is None else linear(probs)
 
+    def linear(self, layer: Layer) -> LinearEdit | None:
+        """Return the same edit as a linear map of the attention maps; None: it is not linear."""
+        return None
 
-def times(factors: Tensor, v: Tensor) -> Tensor:
-    """diag(factors) V of each row. factors: at least b k, v: b i k d → as v"""
-    return (precise(v) * factors[: len(v), None, :, None]).to(v.dtype)
+    def before_step(self, latents: Tensor) -> Tensor:
+        """Return the latents that the UNet gets at this call. latents: b 4 h w → as latents"""
+        return latents
 
-
-class Guided(Edit):
-    """`edit` sees the first `rows` rows, those of the prompts, and not the negative prompt's."""
-
-    def __init__(self, edit: Edit, rows: int):
-        self.edit, self.rows = edit, rows
-
-    def wants(self, site: Site) -> bool:
-        return self.edit.wants(site)
-
-    def mix(self, site: Site) -> Mix | None:
-        return self.edit.mix(site)  # leaves later rows alone by itself
-
-    def __call__(self, probs: Tensor, site: Site) -> Tensor:
-        return torch.cat([self.edit(probs[: self.rows], site), probs[self.rows :]])
+    def after_step(self, latents: Tensor) -> Tensor:
+        """Return the latents to go on with after the scheduler's step. latents: b 4 h w → as it"""
+        return latents
 
 
-class Words:
-    """The context of a run: each layer's keys and values of it are computed once for all calls."""
+def attention_map(q: Tensor, k: Tensor) -> Tensor:
+    """Compute softmax(q kᵀ / √d) in at least float32. q: b i q d, k: b i k d → b i q k"""
+    return (at_least_float32(q) * q.shape[-1] ** -0.5 @ at_least_float32(k).mT).softmax(dim=-1)
+
+
+def at_least_float32(t: Tensor) -> Tensor:
+    """Widen half precision, which loses digits of a softmax and of a mixture of maps."""
+    return t.to(torch.promote_types(t.dtype, torch.float32))
+
+
+class Chain(Hook):
+    """Act as several hooks in turn: each sees the map that the one before it returned."""
+
+    def __init__(self, hooks: Iterable[Hook]):
+        self.hooks = list(hooks)
+
+    def at(self, call: int, calls: int, timestep: int) -> Hook | None:
+        active = [hook.at(call, calls, timestep) for hook in self.hooks]
+        active = [hook for hook in active if hook is not None]
+        return Chain(active) if active else None
+
+    def applies_to(self, layer: Layer) -> bool:
+        return any(hook.applies_to(layer) for hook in self.hooks)
+
+    def attend_all_rows(
+        self, q: Tensor, k: Tensor, v: Tensor, layer: Layer, prompts: int
+    ) -> Tensor:
+        active = self.at_layer(layer)
+        if len(active) == 1:
+            return active[0].attend_all_rows(q, k, v, layer, prompts)
+        return super().attend_all_rows(q, k, v, layer, prompts)
+
+    def attend(self, q: Tensor, k: Tensor, v: Tensor, layer: Layer) -> Tensor:
+        active = self.at_layer(layer)
+        return (
+            active[0].attend(q, k, v, layer) if len(active) == 1 else super().attend(q, k, v, layer)
+        )
+
+    def __call__(self, probs: Tensor, layer: Layer) -> Tensor:
+        for hook in self.at_layer(layer):
+            probs = hook(probs, layer)
+        return probs
+
+    def linear(self, layer: Layer) -> LinearEdit | None:
+        """Join one linear edit and any number of hooks after it that only read the map."""
+        first, *readers = [hook.linear(layer) for hook in self.at_layer(layer)]
+        if first is None or any(reader is None or not reader.only_reads for reader in readers):
+            return None
+        return first.then_read([probe for reader in readers if reader for probe in reader.probes])
+
+    def at_layer(self, layer: Layer) -> list[Hook]:
+        """List the hooks that act at this layer. Raises UserError if they can't act together."""
+        active = [hook for hook in self.hooks if hook.applies_to(layer)]
+        for hook in active if len(active) > 1 else ():
+            has_own = (
+                type(hook).attend is not Hook.attend
+                or type(hook).attend_all_rows is not Hook.attend_all_rows
+            )
+            check(
+                not has_own,
+                f"{type(hook).__name__} computes the attention of {layer.name} by itself, so "
+                "nothing else can act there: let its applies_to, or that of the other hooks, "
+                "leave this layer out.",
+            )
+        return active
+
+    def before_step(self, latents: Tensor) -> Tensor:
+        for hook in self.hooks:
+            latents = hook.before_step(latents)
+        return latents
+
+    def after_step(self, latents: Tensor) -> Tensor:
+        for hook in self.hooks:
+            latents = hook.after_step(latents)
+        return latents
+
+
+class PromptRows(Hook):
+    """Tell `hook` how many of the batch's rows are prompts; unconditional rows follow them."""
+
+    def __init__(self, hook: Hook, prompts: int):
+        self.hook, self.prompts = hook, prompts
+
+    def applies_to(self, layer: Layer) -> bool:
+        return self.hook.applies_to(layer)
+
+    def attend(self, q: Tensor, k: Tensor, v: Tensor, layer: Layer) -> Tensor:
+        return self.hook.attend_all_rows(q, k, v, layer, self.prompts)
+
+
+class CachedContext:
+    """A run's context, whose keys and values each layer computes once for all UNet calls."""
 
     def __init__(self, context: Tensor):
         self.context = context  # b 77 d_context
         self.projected: dict[Attention, tuple[Tensor, Tensor]] = {}
 
-    def keys_values(self, layer: Attention) -> tuple[Tensor, Tensor]:
-        if layer not in self.projected:
-            self.projected[layer] = layer.keys_values(self.context)
-        return self.projected[layer]
-
-
-def precise(t: Tensor) -> Tensor:
-    """At least float32: half precision would lose digits of a softmax and of a mixture of maps."""
-    return t.to(torch.promote_types(t.dtype, torch.float32))
+    def keys_values(self, attention: Attention) -> tuple[Tensor, Tensor]:
+        """Return the layer's keys and values of the context, twice b i k d."""
+        if attention not in self.projected:
+            self.projected[attention] = attention.keys_values(self.context)
+        return self.projected[attention]
 
 
 class Attention(nn.Module):
@@ -206,37 +240,31 @@ class Attention(nn.Module):
         self.to_k = nn.Linear(d_context, d, bias=bias)
         self.to_v = nn.Linear(d_context, d, bias=bias)
         self.to_out = nn.Sequential(nn.Linear(d, d))  # Sequential, so that the key is to_out.0
-        self.site = Site("", "", False)  # UNet.__init__ gives each of its layers a real one
+        self.layer = Layer("", "", False)  # UNet.__init__ gives each of its layers a real one
 
     def forward(
-        self, x: Tensor, context: Tensor | Words | None = None, edit: Edit | None = None
+        self, x: Tensor, context: Tensor | CachedContext | None = None, hook: Hook | None = None
     ) -> Tensor:
         """x: b h w i·d, pixels that look at `context`, b 77 d_context, or at each other → as x"""
         pixels = x.flatten(1, 2)  # b q i·d
-        q = self.by_head(self.to_q(pixels))
-        if isinstance(context, Words):
+        q = self.split_heads(self.to_q(pixels))
+        if isinstance(context, CachedContext):
             k, v = context.keys_values(self)
         else:
             k, v = self.keys_values(pixels if context is None else context)
 
-        site = replace(self.site, height=x.shape[1], width=x.shape[2])
-        if edit is None or not edit.wants(site):
-            out = scaled_dot_product_attention(q, k, v)  # the map is never written down
-        elif (mix := edit.mix(site)) is not None:
-            if mix.reads:
-                mix.read(q, k)
-            out = mix.attend(q, k, v)  # edited, and still never written down
+        layer = replace(self.layer, height=x.shape[1], width=x.shape[2])
+        if hook is None or not hook.applies_to(layer):
+            out = scaled_dot_product_attention(q, k, v)  # fused: the map is never written down
         else:
-            probs = (precise(q) * q.shape[-1] ** -0.5 @ precise(k).mT).softmax(dim=-1)  # b i q k
-            probs = edit(probs, site)
-            out = (probs @ precise(v)).to(v.dtype)
+            out = hook.attend(q, k, v, layer)
 
         return self.to_out(out.transpose(1, 2).flatten(2)).view(x.shape)
 
-    def by_head(self, t: Tensor) -> Tensor:
+    def split_heads(self, t: Tensor) -> Tensor:
         """b q i·d → b i q d"""
         return t.unflatten(-1, (self.heads, -1)).transpose(1, 2)
 
-    def keys_values(self, seen: Tensor) -> tuple[Tensor, Tensor]:
-        """Of what is looked at, b k d_context → twice b i k d"""
-        return self.by_head(self.to_k(seen)), self.by_head(self.to_v(seen))
+    def keys_values(self, context: Tensor) -> tuple[Tensor, Tensor]:
+        """Project what is looked at. context: b k d_context → twice b i k d"""
+        return self.split_heads(self.to_k(context)), self.split_heads(self.to_v(context))

@@ -17,7 +17,7 @@ from torch.nn import functional as F
 
 from .align import LENGTH, Alignment, Prompt
 from .attention import Device, Size
-from .check import check, is_number
+from .errors import check, is_number
 from .mask import read_mask
 
 
@@ -123,18 +123,21 @@ class Blend:
         return (maps > self.spec.threshold * highest).any(dim=0)
 
 
+def acts_on(spec: LocalBlend, source: Prompt, target: Prompt, alignment: Alignment) -> bool:
+    """Tell whether a blend has a mask, or a word that one of the two prompts has."""
+    positions = (alignment.carry(word, source, target) for word in spec.words)
+    return spec.mask is not None or any(
+        at_source or at_target for at_source, at_target in positions
+    )
+
+
 def word_columns(
     spec: LocalBlend, r: int, prompts: Sequence[Prompt], alignment: Alignment
 ) -> Tensor:
-    """Which tokens a blend looks at, in rows 0 and r. → b k 2: of `words`, of `subtract`"""
+    """Return which tokens a blend looks at, in rows 0 and r. → b k 2: `words`, `subtract`"""
     columns = torch.zeros(len(prompts), LENGTH, 2)
     for n, words in enumerate((spec.words, spec.subtract)):
         for word in words:
             at_source, at_target = alignment.carry(word, prompts[0], prompts[r])
             columns[0, at_source, n] = columns[r, at_target, n] = 1
-    check(
-        columns[..., 0].any(),
-        f"None of the blend's words, {', '.join(spec.words)}, is in {prompts[r].text!r}, which "
-        f"has: {', '.join(prompts[r].words)}.",
-    )
     return columns

@@ -1,14 +1,15 @@
 """The Prompt-to-Prompt edits: word swap, refinement and re-weighting.
 
 What a user writes (WordSwap, Refine, Reweight) is bound to the prompts once a run. The result, a
-PromptToPrompt, says at every UNet call which linear map each attention layer applies:
+PromptToPrompt, is the hook that gives each attention layer its linear map at every UNet call:
 
     M̂_e = (M_source S + M_e diag(o)) diag(w)
 
     cross-attention              S = mapper diag(a α)    o = 1 - a α    w = the words' weights
     self-attention, if coarse    S = α identity          o = 1 - α      w = 1
 
-with α 1 in its window and 0 outside, and a 1 for each token that the source has, too (`exists`).
+with α_j = 1 while token j is in its window, else 0, and a_j = 1 where the source has token j too
+(`exists`).
 
 Shapes:  b prompts, row 0 the source · k 77 tokens · h w height and width of the latents
 """
@@ -16,6 +17,7 @@ Shapes:  b prompts, row 0 the source · k 77 tokens · h w height and width of t
 from __future__ import annotations
 
 import copy
+import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Literal
@@ -39,21 +41,22 @@ from .align import (
     token_windows,
     window,
 )
-from .attention import Device, Edit, Mix, Site, Size, Taken
-from .blend import Blend, LocalBlend
-from .check import check, describe, is_number
+from .attention import Device, Hook, Layer, Size
+from .blend import Blend, LocalBlend, acts_on
+from .errors import check, describe, is_number
+from .linear_edit import LinearEdit, map_rows
 
 # --- what a user writes --------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
 class PromptEdit:
-    """What WordSwap and Refine share. By itself, "auto": whichever of the two fits the prompts.
+    """Act as WordSwap or as Refine, whichever fits the prompts; it is what "auto" means.
 
     cross_replace_steps: the window in which cross-attention is replaced: a fraction of the UNet
     calls, a (start, end) pair, or a dict from words to either, with "default_" for all others.
-    self_replace_steps: the window in which coarse self-attention, the layout, is the source's.
-    None takes the model's own recommendation, else 0.8 and 0.4.
+    self_replace_steps: the window in which coarse self-attention, which holds the layout, is the
+    source's. None takes the windows that the model recommends, SD's are 0.8 and 0.4.
     For an alignment of your own, override `align`.
     """
 
@@ -62,20 +65,35 @@ class PromptEdit:
     local_blend: LocalBlend | None = None
 
     def __post_init__(self) -> None:
-        blend, is_one = self.local_blend, isinstance(self.local_blend, LocalBlend | None)
-        check(is_one, f"local_blend is a LocalBlend, not {describe(blend)}.")
+        check(
+            isinstance(self.local_blend, LocalBlend | None),
+            f"local_blend is a LocalBlend, not {describe(self.local_blend)}.",
+        )
 
     def align(self, source: Prompt, target: Prompt) -> Alignment:
-        """WordSwap where both prompts have as many words, Refine where not."""
-        as_many = len(source.text.split()) == len(target.text.split())
-        return (replacement if as_many else refinement)(source, target)
+        """Align as WordSwap where both prompts have as many words, else as Refine."""
+        is_swap = len(source.text.split()) == len(target.text.split())
+        return (replacement if is_swap else refinement)(source, target)
+
+    def named_words(self) -> list[tuple[str, str]]:
+        """List the words that the edit names, each after the setting that names it."""
+        windows, blend = self.cross_replace_steps, self.local_blend
+        named = (
+            [("cross_replace_steps", word) for word in windows if word != DEFAULT]
+            if isinstance(windows, Mapping)
+            else []
+        )
+        if blend:
+            named += [("local_blend", word) for word in blend.words]
+            named += [("subtract", word) for word in blend.subtract]
+        return named
 
 
 @dataclass(frozen=True)
 class WordSwap(PromptEdit):
     """Exchange words: the edited picture looks at its words where the source looked at theirs.
 
-    Needs as many words in both prompts (Hertz et al. 2022, section 3.2, "word swap").
+    Both prompts need the same number of words (Hertz et al. 2022, section 3.2, "word swap").
     """
 
     def align(self, source: Prompt, target: Prompt) -> Alignment:
@@ -113,26 +131,39 @@ class Reweight:
             isinstance(self.weights, Mapping) and self.weights,
             f'Reweight takes a dict from words to weights, {{"word": 2.0}}, not {self.weights!r}.',
         )
-        for word, one in self.weights.items():
-            check(is_number(one), f"The weight of {word!r} must be one finite number, not {one!r}.")
+        for word, weight in self.weights.items():
+            check(
+                is_number(weight),
+                f"The weight of {word!r} must be one finite number, not {weight!r}.",
+            )
         check(
             isinstance(self.edit, PromptEdit),
             f"A Reweight comes on top of a WordSwap or Refine, not of {describe(self.edit)}.",
         )
 
+    def named_words(self) -> list[tuple[str, str]]:
+        """List the words that the edit names, each after the setting that names it."""
+        return [*(("weights", word) for word in self.weights), *self.edit.named_words()]
+
+
+def base(edit: PromptEdit | Reweight) -> PromptEdit:
+    """Return the edit without weights on top of it."""
+    return edit.edit if isinstance(edit, Reweight) else edit
+
 
 # What `generate` takes as `edit`; a list has one for each edited prompt, None to leave it alone.
-OfPrompt = PromptEdit | Reweight | None
-Edits = Edit | OfPrompt | Literal["auto"] | Sequence[OfPrompt]
+EditOfPrompt = PromptEdit | Reweight | None
+Edits = EditOfPrompt | Literal["auto"] | Sequence[EditOfPrompt]
 
 
-# --- what a run is given -------------------------------------------------------------------------
+# --- the hook they become ------------------------------------------------------------------------
 
 
-class PromptToPrompt(Edit):
-    """The edits of one run. Row r of its tensors is prompt r: what it takes over, and when.
+class PromptToPrompt(Hook):
+    """The edits of one run, bound to its prompts. Row r of the tensors describes prompt r.
 
-    A row that nothing edits has zeros, and weights of one. Make a new one for each run.
+    A row that nothing edits has zeros, and weights of one. It sums its blends' maps over the run,
+    so `bind` makes a new one for each run.
     """
 
     def __init__(self, prompts: Sequence[Prompt], coarse: Size, device: Device):
@@ -140,86 +171,57 @@ class PromptToPrompt(Edit):
         self.prompts, self.coarse, self.device = prompts, coarse, device
         self.mapper, self.exists = torch.zeros(b, LENGTH, LENGTH), torch.zeros(b, LENGTH)
         self.windows = torch.zeros(b, LENGTH, 2, dtype=torch.float64)  # of each token
-        self.layout_windows = torch.zeros(b, 2, dtype=torch.float64)
+        self.self_windows = torch.zeros(b, 2, dtype=torch.float64)
         self.weights = torch.ones(b, LENGTH)
-        self.everywhere = torch.zeros(b, 1, dtype=torch.bool)  # weights outside of windows, too
+        self.everywhere = torch.zeros(b, 1, dtype=torch.bool)  # weights act outside of windows too
         self.blends: list[Blend] = []
-        self.made: dict[bytes, tuple[Mix | None, Mix | None]] = {}
-        self.cross: Mix | None = None  # this and what follows: of a call, in a copy that at() makes
-        self.layout: Mix | None = None
+        # Calls with the same windows open share their linear maps: cross- and self-attention's.
+        self.cache: dict[bytes, tuple[LinearEdit | None, LinearEdit | None]] = {}
+        # Those of one call, in the copy of this object that `at` makes.
+        self.cross: LinearEdit | None = None
+        self.self_attn: LinearEdit | None = None
         self.call, self.calls = 0, 0
 
-    def at(self, call: int, calls: int) -> Edit:
-        """A copy of it that knows this call, and its linear maps."""
+    def at(self, call: int, calls: int, timestep: int) -> Hook:
+        """Return a copy that knows this call and its linear maps."""
 
-        def inside(windows: Tensor) -> Tensor:
+        def is_open(windows: Tensor) -> Tensor:
             first, end = bounds(windows, calls).unbind(-1)
             return (first <= call) & (call < end)
 
-        alpha, layout = inside(self.windows), inside(self.layout_windows)  # b k, b
-        state = torch.cat([alpha, layout[:, None]], dim=1).numpy().tobytes()
-        if state not in self.made:  # a window has opened or closed
-            taken = alpha * self.exists  # a α
+        alpha, self_open = is_open(self.windows), is_open(self.self_windows)  # b k, b
+        key = torch.cat([alpha, self_open[:, None]], dim=1).numpy().tobytes()
+        if key not in self.cache:  # a window has opened or closed
+            share = alpha * self.exists  # a α
             weights = self.weights.where(alpha | self.everywhere, 1)
-            cross = as_mix(self.mapper * taken[:, None], 1 - taken, weights, self.device)
-            self.made[state] = cross, Mix(looks(layout, self.device)) if layout.any() else None
-        now = copy.copy(self)
-        now.cross, now.layout = self.made[state]
-        now.call, now.calls = call, calls
-        return now
+            self.cache[key] = (
+                LinearEdit.from_dense(
+                    self.mapper * share[:, None], 1 - share, weights, self.device
+                ),
+                LinearEdit(map_row=map_rows(self_open, self.device)) if self_open.any() else None,
+            )
+        hook = copy.copy(self)
+        hook.cross, hook.self_attn = self.cache[key]
+        hook.call, hook.calls = call, calls
+        return hook
 
-    def wants(self, site: Site) -> bool:
-        return self.mix(site) is not None
+    def applies_to(self, layer: Layer) -> bool:
+        return self.linear(layer) is not None
 
-    def mix(self, site: Site) -> Mix | None:
-        if not site.is_cross:
-            small = site.height * site.width <= self.coarse[0] * self.coarse[1]
-            return self.layout if small else None
-        if (site.height, site.width) != self.coarse:
+    def linear(self, layer: Layer) -> LinearEdit | None:
+        if not layer.is_cross:
+            is_coarse = layer.height * layer.width <= self.coarse[0] * self.coarse[1]
+            return self.self_attn if is_coarse else None
+        if (layer.height, layer.width) != self.coarse:
             return self.cross
-        reads = tuple((b.columns, b.add) for b in self.blends if b.columns is not None)
-        return replace(self.cross or Mix(), reads=reads) if reads else self.cross
+        probes = tuple((b.columns, b.add) for b in self.blends if b.columns is not None)
+        return replace(self.cross or LinearEdit(), probes=probes) if probes else self.cross
 
-    def blend(self, latents: Tensor) -> Tensor:
+    def after_step(self, latents: Tensor) -> Tensor:
         for blend in self.blends:
             if self.call in calls_of((blend.spec.start, 1.0), self.calls):
                 latents = blend(latents, is_last=self.call == self.calls - 1)
         return latents
-
-
-def as_mix(source: Tensor, own: Tensor, weights: Tensor, device: Device) -> Mix | None:
-    """M̂_r = (M_0 source_r + M_r diag(own_r)) diag(weights_r) of every row; None: all as they are.
-
-    source: b k k. own, weights: b k. Maps that are used as they are, as the source's own, get no
-    matrix: it costs time, and TF32 would round a product with an identity.
-    """
-    takes, keeps = source.flatten(1).any(dim=1), own.any(dim=1)
-    only, same = takes & ~keeps, (source == torch.eye(own.shape[1])).flatten(1).all(dim=1)
-    own = own.where(~only[:, None], 1)
-
-    def taken(rows: Tensor) -> Taken | None:
-        numbers = rows.nonzero()[:, 0].tolist()
-        return Taken(numbers, source[rows].to(device)) if numbers else None
-
-    def factors(numbers: Tensor) -> Tensor | None:  # blank rows' are ones
-        both = torch.cat([numbers, torch.ones_like(numbers)])
-        return None if (both == 1).all() else both.to(device)
-
-    mix = Mix(
-        looks(only, device) if only.any() else None,
-        taken(only & ~same),
-        factors(own),
-        taken(takes & keeps),
-        factors(weights),
-    )
-    return None if mix == Mix() else mix
-
-
-def looks(at_source: Tensor, device: Device) -> Tensor:
-    """Whose map rows look through, and as many blank ones after them. at_source: b, bool → 2·b"""
-    rows = torch.arange(2 * len(at_source))
-    rows[: len(at_source)][at_source] = 0
-    return rows.to(device)
 
 
 # --- from the one to the other -------------------------------------------------------------------
@@ -231,81 +233,117 @@ def bind(
     *,
     latent_size: Size,
     coarse: Size,
+    defaults: Mapping[str, Any],
     device: Device = "cpu",
-    defaults: dict[str, Any] | None = None,
-) -> Edit | None:
-    """Tie an edit to the prompts of a run. Every word is found, and every mistake, here.
+) -> PromptToPrompt | None:
+    """Bind an edit to the prompts of a run: find every word, align every pair of prompts.
 
     latent_size: h w of the latents. coarse: h w of the largest feature maps whose self-attention is
-    replaced, where LocalBlend looks too. defaults: the model's recommended windows.
-    Raises ValueError where the edit does not fit the prompts.
+    replaced, where LocalBlend looks too. defaults: the windows that the model recommends.
+    Raises UserError where the edit does not fit the prompts.
     """
-    if edit is None or isinstance(edit, Edit):
-        return edit
+    if edit is None:
+        return None
     source, *targets = prompts
     check(targets, "An edit needs an edited prompt after the source prompt, and there is none.")
-    edits = one_each(edit, len(targets))
-    bound = PromptToPrompt(prompts, coarse, device)
-    for r, one in enumerate(edits, 1):
-        if one is None:
+    edits = edit_of_each(edit, len(targets))
+    alignments = [e and base(e).align(source, t) for e, t in zip(edits, targets, strict=True)]
+    check_named_words(edits, prompts, alignments)
+    hook = PromptToPrompt(prompts, coarse, device)
+    for r, (row_edit, alignment) in enumerate(zip(edits, alignments, strict=True), 1):
+        if row_edit is None or alignment is None:
             continue
-        # An edit that several prompts share may name words of any of them.
-        shared = [source, *(t for t, other in zip(targets, edits, strict=True) if other is one)]
-        alignment = fill_row(bound, r, one, shared, defaults or {})
-        blend = (one.edit if isinstance(one, Reweight) else one).local_blend
-        if blend:
-            check_words([*blend.words, *blend.subtract], shared)
-            bound.blends.append(Blend(blend, r, prompts, alignment, latent_size, coarse, device))
-    return bound
+        fill_row(hook, r, row_edit, alignment, defaults)
+        blend = base(row_edit).local_blend
+        if blend and acts_on(blend, prompts[0], prompts[r], alignment):
+            hook.blends.append(Blend(blend, r, prompts, alignment, latent_size, coarse, device))
+    return hook
 
 
-def one_each(edit: Any, n: int) -> Sequence[OfPrompt]:
-    """The edits of n prompts. Raises ValueError unless `edit` is one for all of them or n."""
+def edit_of_each(edit: Edits, n: int) -> Sequence[EditOfPrompt]:
+    """Return the edits of n prompts. Raises UserError unless `edit` is one for all or n of them."""
     edit = PromptEdit() if isinstance(edit, str) and edit == "auto" else edit
     edits = [edit] * n if isinstance(edit, PromptEdit | Reweight) else edit
     check(
-        isinstance(edits, list | tuple),
-        'edit is "auto", a WordSwap, Refine or Reweight, a list with one for each edited '
-        f"prompt, or an object of a subclass of minip2p.Edit, not {describe(edit)}.",
+        not isinstance(edit, PromptToPrompt),
+        "This edit is bound to the prompts of another run: give the WordSwap, Refine or Reweight "
+        "that it was made of.",
     )
-    for one in edits:
-        hook = ", which goes beside an edit in minip2p.Chain([edit, hook])"
+    hooks = isinstance(edit, Hook) or (
+        isinstance(edits, list | tuple) and any(isinstance(e, Hook) for e in edits)
+    )
+    check(not hooks, "A hook is no edit of a prompt: give it as hooks=[hook], beside the edit.")
+    check(
+        isinstance(edits, list | tuple),
+        'edit is "auto", a WordSwap, Refine or Reweight, or a list with one for each edited '
+        f"prompt, not {describe(edit)}.",
+    )
+    for row_edit in edits:
         check(
-            isinstance(one, OfPrompt),
+            isinstance(row_edit, EditOfPrompt),
             "An edited prompt's edit is a WordSwap, Refine, Reweight or None, "
-            f"not {describe(one)}{hook if isinstance(one, Edit) else ''}.",
+            f"not {describe(row_edit)}.",
         )
-    as_many = len(edits) == n
-    check(as_many, f"A list of edits has one for each edited prompt: {n}, not {len(edits)}.")
+    has_one_each = len(edits) == n
+    check(has_one_each, f"A list of edits has one for each edited prompt: {n}, not {len(edits)}.")
     return edits
 
 
+def check_named_words(
+    edits: Sequence[EditOfPrompt],
+    prompts: Sequence[Prompt],
+    alignments: Sequence[Alignment | None],
+) -> None:
+    """Check every word that the edits name; warn of prompts on which one does not act.
+
+    Several prompts' edits may name a word that only some of these prompts have. Raises UserError
+    for a word that none of them has, or that acts on none.
+    """
+    source, *targets = prompts
+    rows_naming: dict[tuple[str, str], list[int]] = {}
+    for row, edit in enumerate(edits):
+        for named in edit.named_words() if edit else ():
+            rows_naming.setdefault(named, []).append(row)
+    for (setting, word), rows in rows_naming.items():
+        check_words([word], [source, *(targets[row] for row in rows)])
+        lacking = []
+        for row in rows:
+            alignment = alignments[row]
+            assert alignment is not None
+            at_source, at_target = alignment.carry(word, source, targets[row])
+            if not (at_target or (at_source and setting in ("local_blend", "subtract"))):
+                lacking.append(targets[row].text)
+        check(
+            len(lacking) < len(rows),
+            f"The word {word!r} is in the source prompt alone and nothing takes its place: "
+            f"name a word of {targets[rows[0]].text!r}.",
+        )
+        for text in dict.fromkeys(lacking):
+            warnings.warn(
+                f"{setting}: {word!r} does not act on {text!r}, which has no {word!r}.",
+                stacklevel=2,
+            )
+
+
 def fill_row(
-    bound: PromptToPrompt, r: int, edit: PromptEdit | Reweight, shared: list[Prompt], defaults: dict
-) -> Alignment:
-    """Write the edit of prompt r into its row. shared: the source and all prompts it is for."""
+    hook: PromptToPrompt,
+    r: int,
+    edit: PromptEdit | Reweight,
+    alignment: Alignment,
+    defaults: Mapping[str, Any],
+) -> None:
+    """Write the edit of prompt r into row r of the hook's tensors."""
     weights: Mapping[str, float] = {}
     if isinstance(edit, Reweight):
-        bound.everywhere[r] = edit.everywhere
-        weights, edit = edit.weights, edit.edit
-    cross, layout = edit.cross_replace_steps, edit.self_replace_steps
-    cross = defaults.get("cross_replace_steps", 0.8) if cross is None else cross
-    layout = defaults.get("self_replace_steps", 0.4) if layout is None else layout
+        hook.everywhere[r] = edit.everywhere
+        weights = edit.weights
+    cross, self_window = base(edit).cross_replace_steps, base(edit).self_replace_steps
+    cross = defaults["cross_replace_steps"] if cross is None else cross
+    self_window = defaults["self_replace_steps"] if self_window is None else self_window
 
-    source, target = bound.prompts[0], bound.prompts[r]
-    of_windows = [w for w in cross if w != DEFAULT] if isinstance(cross, Mapping) else []
-    named = [*of_windows, *weights]
-    check_words(named, shared)
-    for word in named:
-        check(
-            any(edit.align(source, t).carry(word, source, t)[1] for t in shared[1:]),
-            f"The word {word!r} is in the source prompt alone and nothing takes its place: "
-            f"name a word of {target.text!r}.",
-        )
-    alignment = edit.align(source, target)
+    source, target = hook.prompts[0], hook.prompts[r]
     windows = token_windows(cross, source, target, alignment)
-    bound.mapper[r], bound.exists[r] = alignment.mapper, alignment.exists
-    bound.windows[r] = torch.tensor(windows, dtype=torch.float64)
-    bound.layout_windows[r] = torch.tensor(window(layout), dtype=torch.float64)
-    bound.weights[r] = token_weights(weights, source, target, alignment)
-    return alignment
+    hook.mapper[r], hook.exists[r] = alignment.mapper, alignment.exists
+    hook.windows[r] = torch.tensor(windows, dtype=torch.float64)
+    hook.self_windows[r] = torch.tensor(window(self_window), dtype=torch.float64)
+    hook.weights[r] = token_weights(weights, source, target, alignment)

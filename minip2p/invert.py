@@ -27,12 +27,13 @@ from PIL import Image
 from torch import Tensor
 
 from . import picture, saved, text
-from .attention import Edit, Site, Words
-from .check import check, describe, is_number, is_whole
-from .picture import Picture, to_images
+from .attention import CachedContext, Hook, Layer
+from .errors import check, describe, is_number, is_whole
+from .picture import Picture
 from .progress import tqdm
-from .scheduler import DDIM
-from .settings import check_finite, choose, latent_size, make_scheduler
+from .scheduler import DDIM, make_scheduler
+from .settings import check_finite, choose, latent_size
+from .vae import to_images
 from .weights import StableDiffusion
 
 METHODS = ("direct", "edit-friendly", "ddim")
@@ -55,11 +56,38 @@ class Inversion:
     def start(self, model: StableDiffusion) -> tuple[Tensor, DDIM]:
         """The noise of a run, 1 4 h w, and the scheduler that leads along the trajectory."""
         steps, skip = self.settings["num_inference_steps"], self.settings["skip"]
-        return self.trajectory[:1], Replay(steps, skip, self.noises, **model.schedule)
+        return self.trajectory[:1], ReplayDDIM(steps, skip, self.noises, **model.schedule)
 
-    def follow(self) -> Edit | None:
-        """Holds row 0 on the trajectory. None: it goes where its noise leads it."""
-        return None if self.settings["method"] == "ddim" else Follow(self.trajectory[1:])
+    def hold_source(self) -> Hook | None:
+        """Return the hook that holds row 0 on the trajectory. None: its noise leads it."""
+        return None if self.settings["method"] == "ddim" else HoldSource(self.trajectory[1:])
+
+    def check(self, model: StableDiffusion, prompts: list[str], **arguments: Any) -> None:
+        """Raise UserError unless a run of the prompts can start from this picture.
+
+        arguments: what else generate was given that the source decides; None and 0 ask for nothing.
+        """
+        numbers = fingerprint(model)
+        is_same = numbers.shape == self.model.shape and numbers.allclose(self.model, 0.005, 1e-6)
+        check(
+            is_same,
+            "The source was inverted with another model: invert the picture with this one.",
+        )
+        check(
+            prompts[0] == self.settings["prompt"],
+            f"The source was inverted with the prompt {self.settings['prompt']!r}: that must be "
+            f"the first prompt, not {prompts[0]!r}.",
+        )
+        for name, value in arguments.items():
+            if name not in self.settings:
+                is_none = value is None or (is_number(value) and value == 0)
+                check(is_none, f"A source has its own {name} already: leave it out.")
+            else:
+                check(
+                    value is None or value == self.settings[name],
+                    f"The source was inverted with {name} {self.settings[name]}, not {value!r}: "
+                    "leave it out, or invert the picture again.",
+                )
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write it as safetensors. Of the picture, what the model saw."""
@@ -82,7 +110,7 @@ class Inversion:
         return cls(*parts, settings, tensors["model"])
 
 
-class Replay(DDIM):
+class ReplayDDIM(DDIM):
     """DDIM on the way of an inversion: without the steps it skipped, with the noises it found."""
 
     def __init__(self, steps: int, skip: int = 0, noises: Tensor | None = None, **schedule: Any):
@@ -95,18 +123,18 @@ class Replay(DDIM):
 
 
 @dataclass(frozen=True, eq=False)
-class Follow(Edit):
+class HoldSource(Hook):
     """Puts row 0 back on its trajectory after every step, before a blend reads it."""
 
     ahead: Tensor  # n 4 h w: where row 0 is after this call, and after each that is to come
 
-    def at(self, call: int, calls: int) -> Edit:
-        return Follow(self.ahead[call:])
+    def at(self, call: int, calls: int, timestep: int) -> Hook:
+        return HoldSource(self.ahead[call:])
 
-    def wants(self, site: Site) -> bool:
+    def applies_to(self, layer: Layer) -> bool:
         return False
 
-    def blend(self, latents: Tensor) -> Tensor:
+    def after_step(self, latents: Tensor) -> Tensor:
         return torch.cat([self.ahead[:1].to(latents), latents[1:]])
 
 
@@ -159,7 +187,7 @@ def invert(
         "fit": fit,
     }
     if method == "edit-friendly":
-        settings["guidance_scale"] = choose(model, "guidance_scale", guidance_scale, 7.5)
+        settings["guidance_scale"] = choose(model, "guidance_scale", guidance_scale)
     check_settings(settings)
     settings = {k: v.item() if hasattr(v, "item") else v for k, v in settings.items()}  # numpy's
     given = picture.read(image, (settings["height"], settings["width"]), fit)
@@ -170,9 +198,12 @@ def invert(
         predict = predictor(model, prompt, settings["guidance_scale"], bar)
         if method == "edit-friendly":
             scheduler.eta = 1.0
-            trajectory, noises = friendly(predict, scheduler, levels, clean, seed)
+            trajectory, noises = edit_friendly_noises(predict, scheduler, levels, clean, seed)
         else:
-            trajectory, noises = backwards(predict, scheduler, levels, clean, refinements), None
+            trajectory, noises = (
+                ddim_inversion(predict, scheduler, levels, clean, refinements),
+                None,
+            )
     check_finite("The inversion", trajectory if noises is None else noises, model.dtype)
     drawn = to_images(model.vae.decode(clean))[0]
     return Inversion(trajectory, noises, given, drawn, settings, fingerprint(model))
@@ -182,7 +213,7 @@ def predictor(model: StableDiffusion, prompt: str, guidance: float, bar: tqdm) -
     """What predicts the noise in one latent with the prompt and guidance, and moves the bar."""
     prompts = [prompt] if guidance == 1 else [prompt, ""]
     words = text.encode(model.text_encoder, [text.tokenize(model.tokenizer, p) for p in prompts])
-    context = Words(words)
+    context = CachedContext(words)
 
     def predict(x: Tensor, t: int) -> Tensor:
         rows = x.to(words.dtype).expand(len(words), -1, -1, -1)
@@ -194,7 +225,7 @@ def predictor(model: StableDiffusion, prompt: str, guidance: float, bar: tqdm) -
     return predict
 
 
-def backwards(
+def ddim_inversion(
     predict: Predict, scheduler: DDIM, levels: list[int], clean: Tensor, refinements: int = 0
 ) -> Tensor:
     """DDIM's inverse steps from the clean latent up through the levels. → n+1 4 h w"""
@@ -207,7 +238,7 @@ def backwards(
     return torch.cat(trajectory[::-1]).cpu()
 
 
-def friendly(
+def edit_friendly_noises(
     predict: Predict, scheduler: DDIM, levels: list[int], clean: Tensor, seed: int
 ) -> tuple[Tensor, Tensor]:
     """A latent at every level, n+1 4 h w, and the new noises that lead from each to the next.
@@ -258,34 +289,3 @@ def fingerprint(model: StableDiffusion) -> Tensor:
     parts = model.text_encoder, model.unet, model.vae
     biases = (p for part in parts for name, p in part.named_parameters() if name.endswith("bias"))
     return torch.stack([bias.detach().flatten()[0].float() for bias in biases]).cpu()
-
-
-def check_source(
-    source: Inversion, model: StableDiffusion, prompts: list[str], **asked: Any
-) -> None:
-    """Raises ValueError unless a run of the prompts can start from the source.
-
-    asked: what generate was asked for beside it; None and 0 ask for nothing.
-    """
-    check(
-        isinstance(source, Inversion),
-        f"source is what minip2p.invert returns, not {describe(source)}.",
-    )
-    own, theirs = source.settings, fingerprint(model)
-    is_own = theirs.shape == source.model.shape and theirs.allclose(source.model, 0.005, 1e-6)
-    check(is_own, "The source was inverted with another model: invert the picture with this one.")
-    check(
-        prompts[0] == own["prompt"],
-        f"The source was inverted with the prompt {own['prompt']!r}: that must be the first prompt,"
-        f" not {prompts[0]!r}.",
-    )
-    for name, value in asked.items():
-        if name not in own:
-            none = value is None or (is_number(value) and value == 0)
-            check(none, f"A source has its own {name} already: leave it out.")
-        else:
-            check(
-                value is None or value == own[name],
-                f"The source was inverted with {name} {own[name]}, not {value!r}: leave it out, or "
-                "invert the picture again.",
-            )

@@ -10,7 +10,7 @@ from PIL import Image
 from torch import Tensor
 from torch.nn import functional as F
 
-from .check import check, describe
+from .errors import check, describe
 
 TOPS = 1, 255, 65535  # what "all of it" is called in a mask, or in a picture of 8 or 16 bits
 

@@ -22,7 +22,7 @@ import torch
 from PIL import Image, ImageOps, UnidentifiedImageError
 from torch import Tensor
 
-from .check import describe
+from .errors import describe
 
 FITS = ("crop", "pad", "stretch")
 FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF", "PPM")  # none that runs a program
@@ -198,9 +198,3 @@ def to_bytes(array: np.ndarray, top: float | None) -> np.ndarray:
             f"{high:g}."
         )
     return (array / top * 255).round().clip(0, 255).astype(np.uint8)
-
-
-def to_images(pixels: Tensor) -> list[Image.Image]:
-    """pixels in [-1, 1], clamped, as the VAE decodes them: b 3 h w → b RGB images"""
-    pixels = ((pixels / 2 + 0.5).clamp(0, 1) * 255).round().to(torch.uint8)
-    return [Image.fromarray(p.numpy()) for p in pixels.permute(0, 2, 3, 1).cpu()]

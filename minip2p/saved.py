@@ -12,7 +12,7 @@ from typing import Any
 
 from torch import Tensor
 
-from .check import check
+from .errors import check
 
 
 def write(

@@ -8,21 +8,60 @@
 The formulas keep diffusers' order of operations, so that float32 results are equal to the bit.
 """
 
-from typing import Any
+from collections.abc import Sequence
+from typing import Any, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor
 
-from .check import check, is_number
-from .spacing import spaced
+from .errors import check, describe, is_number, is_whole
+
+SPACINGS = ("leading", "trailing", "linspace")
+
+
+def spaced(steps: int, spacing: str, num_train_timesteps: int, steps_offset: int) -> list[int]:
+    """List the training timesteps that a run visits, noisiest first (Lin et al. 2024, table 2).
+
+    leading: equal strides up from `steps_offset`, as SD has it, which leave out the noisiest.
+    trailing: down from the noisiest, which suits few steps. linspace: from the noisiest to 0.
+    """
+    n = num_train_timesteps
+    check(1 <= steps < n, f"The number of steps must be from 1 to {n - 1}, not {steps}.")
+    names = ", ".join(SPACINGS)
+    check(spacing in SPACINGS, f"The spacing of timesteps is one of {names}, not {spacing!r}.")
+    if spacing == "leading":
+        timesteps = [i * (n // steps) + steps_offset for i in reversed(range(steps))]
+    elif spacing == "trailing":  # in numpy's arithmetic: halves are to fall on the same side
+        stride = (n - n / steps) - n
+        timesteps = [round(n + i * stride) - 1 for i in range(steps)]
+    else:
+        stride = (n - 1) / max(steps - 1, 1)
+        timesteps = [round(i * stride) for i in reversed(range(steps))]
+    within = timesteps[-1] >= 0 and timesteps[0] < n
+    check(within, f"With steps_offset {steps_offset} the run would leave timesteps 0 to {n - 1}.")
+    return timesteps
 
 
 def alpha_bars(
     num_train_timesteps: int = 1000, beta_start: float = 0.00085, beta_end: float = 0.012
 ) -> Tensor:
-    """ᾱ_t for every training timestep t. SD's "scaled linear" schedule: √β is linear in t."""
+    """Compute ᾱ_t of every training timestep t. In SD's "scaled linear" schedule √β is linear."""
     betas = torch.linspace(beta_start**0.5, beta_end**0.5, num_train_timesteps) ** 2
     return torch.cumprod(1 - betas, dim=0)
+
+
+@runtime_checkable
+class Scheduler(Protocol):
+    """A sampler of predicted noise: DDIM, PNDM, or an object of your own with these two members."""
+
+    timesteps: Sequence[int]  # which noise levels to visit, noisiest first: one UNet call each
+
+    def step(self, eps: Tensor, t: int, x: Tensor) -> Tensor:
+        """Return the latent at the next level.
+
+        eps, x: b 4 h w, the predicted noise and the latent at timestep t.
+        """
+        ...
 
 
 class DDIM:
@@ -30,7 +69,7 @@ class DDIM:
 
     `eta` 0 is deterministic, 1 draws as much new noise as DDPM: one (1, 4, h, w) sample of
     `generator` for all images of the batch, so that a source and its edits stay comparable.
-    For `timestep_spacing` see spacing.py; a step is num_train_timesteps // steps, as in diffusers.
+    For `timestep_spacing` see `spaced`; a step is num_train_timesteps // steps, as in diffusers.
     Raises ValueError for steps that are not within 1 to num_train_timesteps - 1, and the like.
     """
 
@@ -81,8 +120,9 @@ class DDIM:
     def inverse_step(self, eps: Tensor, t: int, x: Tensor) -> Tensor:
         """x: b 4 h w, the latent at the level after timestep t → the latent at t.
 
-        `step` of eta 0 solved for its x. It asks for the noise predicted at t of what it returns;
-        `eps` predicted at t of `x` is near that (Dhariwal & Nichol 2021, appendix F).
+        It is `step` of eta 0 solved for its x, so it is exact only if `eps` was predicted at the
+        returned latent. Predicting it at `x` is the usual approximation (Dhariwal & Nichol 2021,
+        appendix F).
         """
         a_t, a_next = self.alpha_bar_pair(t)
         x_0 = (x - (1 - a_next) ** 0.5 * eps) / a_next**0.5
@@ -126,3 +166,37 @@ class PNDM(DDIM):
         a_t, a_next = self.alpha_bar_pair(t)
         denominator = a_t * (1 - a_next) ** 0.5 + (a_t * (1 - a_t) * a_next) ** 0.5
         return (a_next / a_t) ** 0.5 * x - (a_next - a_t) * eps / denominator
+
+
+SCHEDULERS = {"ddim": DDIM, "pndm": PNDM}
+
+
+def make_scheduler(
+    model: Any,
+    steps: int | None = None,
+    scheduler: str | Scheduler | None = None,
+    eta: float = 0.0,
+    generator: torch.Generator | None = None,
+) -> Scheduler:
+    """Make the scheduler of one run; None takes what the model recommends.
+
+    Raises UserError for a name, a number of steps or an eta that there is not.
+    """
+    names = ", ".join(SCHEDULERS)
+    if scheduler is not None and not isinstance(scheduler, str):
+        check(
+            isinstance(scheduler, Scheduler),
+            f"The scheduler must be one of {names}, or an object with timesteps and step, not "
+            f"{describe(scheduler)}.",
+        )
+        check(
+            steps is None and not eta,
+            "A scheduler of your own has its steps and its eta already: give them to it alone.",
+        )
+        return scheduler
+    name = model.defaults["scheduler"] if scheduler is None else scheduler
+    check(name in SCHEDULERS, f"The scheduler must be one of {names}, not {name!r}.")
+    steps = model.defaults["num_inference_steps"] if steps is None else steps
+    check(is_whole(steps), f"The number of steps must be a whole number, not {steps!r}.")
+    eta = float(eta) if is_number(eta) else eta  # numpy has numbers of its own
+    return SCHEDULERS[name](int(steps), eta=eta, generator=generator, **model.schedule)

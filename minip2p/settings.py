@@ -10,22 +10,17 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from . import text
-from .align import Prompt
-from .attention import Edit, Size
+from .attention import Hook
 from .blend import LocalBlend
-from .check import check, describe, is_number, is_whole
-from .edit import Edits, PromptEdit, Refine, Reweight, WordSwap, bind
-from .scheduler import DDIM, PNDM
-from .store import AttentionStore, Chain
+from .edit import PromptEdit, Refine, Reweight, WordSwap
+from .errors import check, describe, is_number, is_whole
+from .scheduler import Scheduler
 from .weights import StableDiffusion
 
-SCHEDULERS = {"ddim": DDIM, "pndm": PNDM}
 
-
-def choose(model: StableDiffusion, name: str, given: Any, fallback: Any) -> Any:
-    """What the caller gave, else what the model recommends, else SD's usual."""
-    return model.defaults.get(name, fallback) if given is None else given
+def choose(model: StableDiffusion, name: str, value: Any) -> Any:
+    """Return the caller's value, or where it is None what the model recommends."""
+    return model.defaults[name] if value is None else value
 
 
 def list_of(prompts: Any) -> list[str]:
@@ -42,9 +37,9 @@ def list_of(prompts: Any) -> list[str]:
 
 
 def check_settings(
-    negative_prompt: Any, seed: Any, guidance_scale: Any, store: Any, callback: Any
+    negative_prompt: Any, seed: Any, guidance_scale: Any, store: Any, callback: Any, hooks: Any
 ) -> None:
-    """Raises ValueError for the first that makes no sense."""
+    """Raise UserError for the first setting that makes no sense."""
     check(
         isinstance(negative_prompt, str),
         f"The negative prompt is one string for all prompts, not {describe(negative_prompt)}.",
@@ -63,12 +58,33 @@ def check_settings(
         f"The guidance scale must be a finite number, not {guidance_scale!r}.",
     )
     check(
-        isinstance(store, bool | AttentionStore | None),
+        isinstance(store, bool | None) or hasattr(store, "before_edit"),
         f"store is True, False or an AttentionStore, not {describe(store)}.",
+    )
+    check(
+        isinstance(hooks, list | tuple) and all(isinstance(hook, Hook) for hook in hooks),
+        f"hooks is a list of objects of subclasses of minip2p.Hook, not {describe(hooks)}.",
     )
     check(
         callback is None or callable(callback),
         f"callback is a function of call, calls and latents, not {describe(callback)}.",
+    )
+
+
+def as_store(store: Any) -> Any:
+    """Return the AttentionStore of a run, or None. True makes a new one."""
+    if store is not True:
+        return store or None
+    from .store import AttentionStore  # only here: a run without a store needs none of it
+
+    return AttentionStore()
+
+
+def check_source(source: Any) -> None:
+    """Raise UserError unless a run can start from `source`."""
+    check(
+        all(hasattr(source, name) for name in ("check", "start", "hold_source")),
+        f"source is what minip2p.invert returns, not {describe(source)}.",
     )
 
 
@@ -135,70 +151,6 @@ def latent_size(
     return sizes[0], sizes[1]
 
 
-def coarse_size(height: int, width: int, levels: int) -> Size:
-    """Size of the coarse feature maps, those of the layout, for latents of height x width.
-
-    The coarsest of the `levels` at which the UNet attends whose shorter side is at least 16: 16 x
-    16 for a 512 x 512 picture of SD 1.x, 24 x 24 at 768 x 768.
-    """
-    for _ in range(levels - 1):
-        half = (height + 1) // 2, (width + 1) // 2
-        if min(half) < 16:
-            break
-        height, width = half
-    return height, width
-
-
-def make_scheduler(
-    model: StableDiffusion,
-    steps: int | None = None,
-    scheduler: str | DDIM | None = None,
-    eta: float = 0.0,
-    generator: torch.Generator | None = None,
-) -> DDIM:
-    """A scheduler for one run; None takes what the model recommends. Raises ValueError."""
-    names = ", ".join(SCHEDULERS)
-    if scheduler is not None and not isinstance(scheduler, str):
-        check(
-            hasattr(scheduler, "timesteps") and hasattr(scheduler, "step"),
-            f"The scheduler must be one of {names}, or an object with timesteps and step, not "
-            f"{describe(scheduler)}.",
-        )
-        check(
-            steps is None and not eta,
-            "A scheduler of your own has its steps and its eta already: give them to it alone.",
-        )
-        return scheduler
-    name = choose(model, "scheduler", scheduler, model.scheduler)
-    check(name in SCHEDULERS, f"The scheduler must be one of {names}, not {name!r}.")
-    steps = choose(model, "num_inference_steps", steps, 50)
-    check(is_whole(steps), f"The number of steps must be a whole number, not {steps!r}.")
-    eta = float(eta) if is_number(eta) else eta  # numpy has numbers of its own
-    return SCHEDULERS[name](int(steps), eta=eta, generator=generator, **model.schedule)
-
-
-def bind_to(
-    model: StableDiffusion, prompts: Sequence[str], edit: Edits, size: tuple[int, int]
-) -> tuple[list[Prompt], Edit | None]:
-    """The prompts as tokens, and the edit tied to them. size: h w of the latents"""
-    tokens = [text.tokenize(model.tokenizer, prompt) for prompt in prompts]
-    coarse = coarse_size(*size, model.unet.levels)
-
-    def tied(one: Edits) -> Edit | None:
-        if isinstance(one, Chain):
-            return Chain(now for part in one.edits if (now := tied(part)) is not None)
-        return bind(
-            one,
-            tokens,
-            latent_size=size,
-            coarse=coarse,
-            device=model.device,
-            defaults=model.defaults,
-        )
-
-    return tokens, tied(edit)
-
-
 # --- what is recorded ----------------------------------------------------------------------------
 
 NOT_HERE = "the caller's own, not in the settings"  # so these alone can't repeat the run
@@ -207,11 +159,12 @@ NOT_HERE = "the caller's own, not in the settings"  # so these alone can't repea
 def recorded(
     prompts: list[str],
     negative_prompt: str,
-    edit: Edits,
+    edit: Any,
+    hooks: Sequence[Hook],
     seed: int,
     latents: Any,
     scheduler: Any,
-    sampler: DDIM,
+    sampler: Scheduler,
     guidance_scale: float,
     source: Any,
     size: tuple[int, int],
@@ -237,9 +190,13 @@ def recorded(
         "height": size[1],
         "width": size[0],
     }
+    if hooks:
+        settings["hooks"] = [f"{type(hook).__name__}: {NOT_HERE}" for hook in hooks]
     if source is not None:
         return settings | {"scheduler": "ddim", "source": source.settings, "picture": NOT_HERE}
-    return settings if latents is None else settings | {"latents": NOT_HERE}
+    if latents is not None:
+        settings["latents"] = NOT_HERE
+    return settings
 
 
 def written(edit: Any) -> str:
@@ -257,8 +214,6 @@ def written(edit: Any) -> str:
         last = "," if isinstance(edit, tuple) and len(edit) == 1 else ""
         return f"{both[0]}{', '.join(map(written, edit))}{last}{both[1]}"
     name = type(edit).__name__
-    if type(edit) is Chain:
-        return f"{name}({written(edit.edits)})"
     if type(edit) in (PromptEdit, WordSwap, Refine, Reweight, LocalBlend):
         parts = (f"{f.name}={written(getattr(edit, f.name))}" for f in fields(edit))
         return f"{name}({', '.join(parts)})"

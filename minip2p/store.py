@@ -1,10 +1,10 @@
-"""Beside an edit: Chain, several hooks as one, and AttentionStore, which keeps attention maps."""
+"""AttentionStore, the hook that keeps attention maps."""
 
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable, Sequence
-from dataclasses import asdict, astuple, replace
+from collections.abc import Sequence
+from dataclasses import asdict, astuple
 from functools import partial
 from typing import Any
 
@@ -13,51 +13,14 @@ from torch import Tensor
 
 from . import saved
 from .align import LENGTH, Prompt, check_words
-from .attention import Edit, Mix, Site
-from .check import check
+from .attention import Hook, Layer
+from .errors import check
+from .linear_edit import LinearEdit
 
 PLACES = "down", "mid", "up"
 
 
-class Chain(Edit):
-    """Several edits as one: each sees the maps that the one before it returned.
-
-    edits: hooks, and whatever else `generate` takes as `edit`: Chain([WordSwap(), MyHook()]).
-    """
-
-    def __init__(self, edits: Iterable[Any]):
-        self.edits = list(edits)
-
-    def at(self, call: int, calls: int) -> Edit | None:
-        edits = [now for edit in self.edits if (now := edit.at(call, calls)) is not None]
-        return Chain(edits) if edits else None
-
-    def wants(self, site: Site) -> bool:
-        return any(edit.wants(site) for edit in self.edits)
-
-    def __call__(self, probs: Tensor, site: Site) -> Tensor:
-        for edit in self.edits:
-            if edit.wants(site):
-                probs = edit(probs, site)
-        return probs
-
-    def mix(self, site: Site) -> Mix | None:
-        """One edit that is a linear map, and any number of readers after it."""
-        first, *readers = [edit.mix(site) for edit in self.edits if edit.wants(site)]
-        if first is None or any(not mix or replace(mix, reads=()) != Mix() for mix in readers):
-            return None
-        reads = [read for mix in readers if mix for read in mix.reads]
-        if first.scale is not None:  # they see the maps after it: M̂ diag(s) c = M̂ (s c)
-            reads = [(c * first.scale[: len(c), :, None], add) for c, add in reads]
-        return replace(first, reads=(*first.reads, *reads))
-
-    def blend(self, latents: Tensor) -> Tensor:
-        for edit in self.edits:
-            latents = edit.blend(latents)
-        return latents
-
-
-class AttentionStore(Edit):
+class AttentionStore(Hook):
     """Keep attention maps, averaged over heads and summed over the UNet calls. Changes nothing.
 
     places: which of "down", "mid", "up". cross, self_attention: which kinds. max_pixels: of the
@@ -97,7 +60,7 @@ class AttentionStore(Edit):
         Raises ValueError if one of `words` is in no prompt.
         """
         self.prompts, self.size, self.calls = list(prompts), size, 0
-        self.maps: dict[Site, list[Tensor]] = {}  # one sum, or with by_call one map for each call
+        self.maps: dict[Layer, list[Tensor]] = {}  # one sum, or with by_call one map for each call
         self.columns: Tensor | None = None  # b k n: which tokens each of `words` is
         if self.words is not None and prompts:
             check_words(self.words, prompts)
@@ -106,30 +69,30 @@ class AttentionStore(Edit):
                 for column, word in enumerate(self.words):
                     self.columns[row, prompt.find(word), column] = 1
 
-    def at(self, call: int, calls: int) -> Edit | None:
+    def at(self, call: int, calls: int, timestep: int) -> Hook | None:
         self.calls += 1
         return self
 
-    def wants(self, site: Site) -> bool:
-        pixels, coarse = site.height * site.width, self.size[0] * self.size[1]
+    def applies_to(self, layer: Layer) -> bool:
+        pixels, coarse = layer.height * layer.width, self.size[0] * self.size[1]
         most = max(32 * 32, coarse) if self.max_pixels is None else self.max_pixels
-        return self.kinds[site.is_cross] and site.place in self.places and pixels <= most
+        return self.kinds[layer.is_cross] and layer.place in self.places and pixels <= most
 
-    def __call__(self, probs: Tensor, site: Site) -> Tensor:
+    def __call__(self, probs: Tensor, layer: Layer) -> Tensor:
         maps = probs.mean(dim=1)  # b q k
-        if self.columns is not None and site.is_cross:
+        if self.columns is not None and layer.is_cross:
             maps = maps @ self.columns.to(maps.dtype)
-        self.add(site, maps)
+        self.add(layer, maps)
         return probs
 
-    def mix(self, site: Site) -> Mix | None:
-        if self.columns is None or not site.is_cross or self.before_edit:
+    def linear(self, layer: Layer) -> LinearEdit | None:
+        if self.columns is None or not layer.is_cross or self.before_edit:
             return None
-        return Mix(reads=((self.columns, partial(self.add, site)),))
+        return LinearEdit(probes=((self.columns, partial(self.add, layer)),))
 
-    def add(self, site: Site, maps: Tensor) -> None:
+    def add(self, layer: Layer, maps: Tensor) -> None:
         """maps: b q n, of one UNet call."""
-        kept = self.maps.setdefault(site, [])
+        kept = self.maps.setdefault(layer, [])
         if self.by_call or not kept:
             kept.append(maps.clone())
         else:
@@ -152,13 +115,13 @@ class AttentionStore(Edit):
         pair = isinstance(size, Sequence) and len(size) == 2
         check(pair, f"A size is a pair (height, width), not {size!r}.")
 
-        def kind(site: Site) -> tuple[str, bool, int, int]:
-            return site.place, site.is_cross, site.height, site.width
+        def kind(layer: Layer) -> tuple[str, bool, int, int]:
+            return layer.place, layer.is_cross, layer.height, layer.width
 
         asked = [(place, is_cross, *size) for place in places]
-        kept = [maps for site, maps in self.maps.items() if kind(site) in asked]
+        kept = [maps for layer, maps in self.maps.items() if kind(layer) in asked]
         names = {True: "cross", False: "self"}
-        all_kinds = sorted({kind(site) for site in self.maps})
+        all_kinds = sorted({kind(layer) for layer in self.maps})
         listing = ", ".join(f"{place} {h}x{w} {names[c]}" for place, c, h, w in all_kinds)
         check(
             kept,
@@ -214,9 +177,9 @@ class AttentionStore(Edit):
         about = {
             **{"options": options, "size": self.size, "calls": self.calls},
             "prompts": [asdict(prompt) for prompt in self.prompts],
-            "sites": [astuple(site) for site in self.maps],
+            "sites": [astuple(layer) for layer in self.maps],
         }
-        tensors = {_name(site): torch.stack(maps) for site, maps in self.maps.items()}
+        tensors = {_name(layer): torch.stack(maps) for layer, maps in self.maps.items()}
         saved.write(path, "AttentionStore", about, tensors)
 
     @staticmethod
@@ -228,26 +191,26 @@ class AttentionStore(Edit):
             h, w = about["size"]
             store.begin([_prompt(**prompt) for prompt in about["prompts"]], (h, w))
             store.calls = int(about["calls"])
-            sites = [Site(*site) for site in about["sites"]]
-            store.maps = {site: list(tensors.pop(_name(site))) for site in sites}
-            fit = not tensors and all(map(store._fits, sites))
+            layers = [Layer(*layer) for layer in about["sites"]]
+            store.maps = {layer: list(tensors.pop(_name(layer))) for layer in layers}
+            fit = not tensors and all(map(store._fits, layers))
         except (AttributeError, KeyError, TypeError, ValueError):
             fit = False
         check(fit, f"{path} is damaged: its maps are not what it says of them.")
         return store
 
-    def _fits(self, site: Site) -> bool:
+    def _fits(self, layer: Layer) -> bool:
         """Whether the maps of that layer are as many and as large as they can be."""
-        pixels, maps = site.height * site.width, self.maps[site]
-        columns = (LENGTH if self.words is None else len(self.words)) if site.is_cross else pixels
+        pixels, maps = layer.height * layer.width, self.maps[layer]
+        columns = (LENGTH if self.words is None else len(self.words)) if layer.is_cross else pixels
         right = len(self.prompts), pixels, columns
         most = self.calls if self.by_call else min(self.calls, 1)
         return 1 <= len(maps) <= most and all(one.shape == right for one in maps)
 
 
-def _name(site: Site) -> str:
+def _name(layer: Layer) -> str:
     """Of its tensor in a file."""
-    return f"{site.name} {site.height}x{site.width}"
+    return f"{layer.name} {layer.height}x{layer.width}"
 
 
 def _prompt(text: str, ids: list[int], spans: list[list[int]], cut: int) -> Prompt:

@@ -37,7 +37,6 @@ def tokenize(tokenizer: Any, text: str) -> Prompt:
     return Prompt(text, tuple(ids), tuple(spans), cut)
 
 
-@torch.inference_mode()
 def encode(text_encoder: nn.Module, prompts: Sequence[Prompt]) -> Tensor:
     """The context of every prompt: b 77 d. No mask: SD 1.x was trained to see the padding."""
     device = next(text_encoder.parameters()).device

@@ -15,9 +15,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from .attention import Attention, Edit, Site, Words
+from .attention import Attention, CachedContext, Hook, Layer, Size
 
-Context = Tensor | Words
+Context = Tensor | CachedContext
 
 
 class Dims(NamedTuple):
@@ -42,20 +42,27 @@ def named(**modules: nn.Module) -> nn.Sequential:
 
 
 class ResnetBlock(nn.Module):
-    """Two 3x3 convolutions around a skip; the timestep is added in the middle."""
+    """Two 3x3 convolutions around a skip; the UNet adds the timestep in the middle.
 
-    def __init__(self, c_in: int, c_out: int, dims: Dims):
+    d_time: width of the time embedding, None in the VAE. eps: of the norms, as trained: 1e-5 in
+    the UNet, 1e-6 in the VAE.
+    """
+
+    def __init__(self, c_in: int, c_out: int, groups: int, d_time: int | None, eps: float = 1e-5):
         super().__init__()
-        self.norm1 = nn.GroupNorm(dims.groups, c_in)
+        self.norm1 = nn.GroupNorm(groups, c_in, eps=eps)
         self.conv1 = nn.Conv2d(c_in, c_out, 3, padding=1)
-        self.time_emb_proj = nn.Linear(dims.time, c_out)
-        self.norm2 = nn.GroupNorm(dims.groups, c_out)
+        if d_time is not None:
+            self.time_emb_proj = nn.Linear(d_time, c_out)
+        self.norm2 = nn.GroupNorm(groups, c_out, eps=eps)
         self.conv2 = nn.Conv2d(c_out, c_out, 3, padding=1)
         self.conv_shortcut = nn.Conv2d(c_in, c_out, 1) if c_in != c_out else nn.Identity()
 
-    def forward(self, x: Tensor, temb: Tensor) -> Tensor:
+    def forward(self, x: Tensor, temb: Tensor | None = None) -> Tensor:
+        """x: b c_in h w, temb: b d_time → b c_out h w"""
         h = self.conv1(F.silu(self.norm1(x)))
-        h = h + self.time_emb_proj(F.silu(temb))[:, :, None, None]
+        if temb is not None:
+            h = h + self.time_emb_proj(F.silu(temb))[:, :, None, None]
         h = self.conv2(F.silu(self.norm2(h)))
         return self.conv_shortcut(x) + h
 
@@ -73,7 +80,7 @@ class GEGLU(nn.Module):
 
 
 class TransformerBlock(nn.Module):
-    """Pixels look at each other (attn1), then at the words (attn2), then think (ff)."""
+    """Pixels look at each other (attn1), then at the words (attn2); ff then acts on each alone."""
 
     def __init__(self, d: int, dims: Dims):
         super().__init__()
@@ -85,9 +92,9 @@ class TransformerBlock(nn.Module):
         # Identity stands where training had a dropout, so that the keys are net.0 and net.2.
         self.ff = named(net=nn.Sequential(GEGLU(d, 4 * d), nn.Identity(), nn.Linear(4 * d, d)))
 
-    def forward(self, x: Tensor, context: Context, edit: Edit | None) -> Tensor:
-        x = x + self.attn1(self.norm1(x), None, edit)
-        x = x + self.attn2(self.norm2(x), context, edit)
+    def forward(self, x: Tensor, context: Context, hook: Hook | None) -> Tensor:
+        x = x + self.attn1(self.norm1(x), None, hook)
+        x = x + self.attn2(self.norm2(x), context, hook)
         return x + self.ff(self.norm3(x))
 
 
@@ -102,10 +109,10 @@ class Transformer2D(nn.Module):
         self.transformer_blocks = nn.ModuleList([TransformerBlock(c, dims)])
         self.proj_out = nn.Conv2d(c, c, 1)
 
-    def forward(self, x: Tensor, context: Context, edit: Edit | None) -> Tensor:
+    def forward(self, x: Tensor, context: Context, hook: Hook | None) -> Tensor:
         pixels = self.proj_in(self.norm(x)).permute(0, 2, 3, 1)  # b h w c
         for block in self.transformer_blocks:
-            pixels = block(pixels, context, edit)
+            pixels = block(pixels, context, hook)
         return x + self.proj_out(pixels.permute(0, 3, 1, 2))
 
 
@@ -123,18 +130,18 @@ class DownBlock(nn.Module):
 
     def __init__(self, c_ins: list[int], c: int, dims: Dims, attend: bool, resample: bool):
         super().__init__()
-        self.resnets = nn.ModuleList(ResnetBlock(c_in, c, dims) for c_in in c_ins)
+        self.resnets = nn.ModuleList(ResnetBlock(c_in, c, dims.groups, dims.time) for c_in in c_ins)
         self.attentions = nn.ModuleList(Transformer2D(c, dims) for _ in c_ins if attend)
         halve = named(conv=nn.Conv2d(c, c, 3, stride=2, padding=1))
         self.downsamplers = nn.ModuleList([halve] if resample else [])
 
     def forward(
-        self, x: Tensor, skips: list[Tensor], temb: Tensor, context: Context, edit: Edit | None
+        self, x: Tensor, skips: list[Tensor], temb: Tensor, context: Context, hook: Hook | None
     ) -> Tensor:
         for i, resnet in enumerate(self.resnets):
             x = resnet(x, temb)
             if self.attentions:  # every level but the coarsest
-                x = self.attentions[i](x, context, edit)
+                x = self.attentions[i](x, context, hook)
             skips.append(x)
         for downsample in self.downsamplers:  # one, or none at the coarsest level
             x = downsample(x)
@@ -147,12 +154,12 @@ class MidBlock(nn.Module):
 
     def __init__(self, c: int, dims: Dims):
         super().__init__()
-        self.resnets = nn.ModuleList(ResnetBlock(c, c, dims) for _ in range(2))
+        self.resnets = nn.ModuleList(ResnetBlock(c, c, dims.groups, dims.time) for _ in range(2))
         self.attentions = nn.ModuleList([Transformer2D(c, dims)])
 
-    def forward(self, x: Tensor, temb: Tensor, context: Context, edit: Edit | None) -> Tensor:
+    def forward(self, x: Tensor, temb: Tensor, context: Context, hook: Hook | None) -> Tensor:
         x = self.resnets[0](x, temb)
-        x = self.attentions[0](x, context, edit)
+        x = self.attentions[0](x, context, hook)
         return self.resnets[1](x, temb)
 
 
@@ -161,17 +168,17 @@ class UpBlock(nn.Module):
 
     def __init__(self, c_ins: list[int], c: int, dims: Dims, attend: bool, resample: bool):
         super().__init__()
-        self.resnets = nn.ModuleList(ResnetBlock(c_in, c, dims) for c_in in c_ins)
+        self.resnets = nn.ModuleList(ResnetBlock(c_in, c, dims.groups, dims.time) for c_in in c_ins)
         self.attentions = nn.ModuleList(Transformer2D(c, dims) for _ in c_ins if attend)
         self.upsamplers = nn.ModuleList([Upsample(c)] if resample else [])
 
     def forward(
-        self, x: Tensor, skips: list[Tensor], temb: Tensor, context: Context, edit: Edit | None
+        self, x: Tensor, skips: list[Tensor], temb: Tensor, context: Context, hook: Hook | None
     ) -> Tensor:
         for i, resnet in enumerate(self.resnets):
             x = resnet(torch.cat([x, skips.pop()], dim=1), temb)
             if self.attentions:
-                x = self.attentions[i](x, context, edit)
+                x = self.attentions[i](x, context, hook)
         for upsample in self.upsamplers:
             # The next skip is twice as large, or one less where the way down met an odd size.
             x = upsample(x, skips[-1].shape[2:])
@@ -196,7 +203,7 @@ class UNet(nn.Module):
         super().__init__()
         c, coarsest = block_out_channels[0], len(block_out_channels) - 1
         dims = Dims(4 * c, cross_attention_dim, heads, norm_num_groups)
-        self.levels = coarsest  # that attend: all but the coarsest
+        self.attention_levels = coarsest  # all levels but the coarsest
 
         first, second = nn.Linear(c, dims.time), nn.Linear(dims.time, dims.time)
         self.time_embedding = named(linear_1=first, act=nn.SiLU(), linear_2=second)
@@ -223,12 +230,14 @@ class UNet(nn.Module):
         self.conv_norm_out = nn.GroupNorm(norm_num_groups, c)
         self.conv_out = nn.Conv2d(c, 4, 3, padding=1)
 
-        for name, module in self.named_modules():  # tell every attention layer its own address
+        for name, module in self.named_modules():  # tell every attention layer its address
             if isinstance(module, Attention):
-                module.site = Site(name, place=name.split("_")[0], is_cross=name.endswith("attn2"))
+                module.layer = Layer(
+                    name, place=name.split("_")[0], is_cross=name.endswith("attn2")
+                )
 
     def forward(
-        self, x: Tensor, t: int | Tensor, context: Context, edit: Edit | None = None
+        self, x: Tensor, t: int | Tensor, context: Context, hook: Hook | None = None
     ) -> Tensor:
         """x: b 4 h w,  t: one timestep or b of them,  context: b 77 d → the noise in x: b 4 h w"""
         t = torch.as_tensor(t, device=x.device).reshape(-1)
@@ -237,8 +246,22 @@ class UNet(nn.Module):
         x = self.conv_in(x)
         skips = [x]
         for block in self.down_blocks:
-            x = block(x, skips, temb, context, edit)
-        x = self.mid_block(x, temb, context, edit)
+            x = block(x, skips, temb, context, hook)
+        x = self.mid_block(x, temb, context, hook)
         for block in self.up_blocks:
-            x = block(x, skips, temb, context, edit)
+            x = block(x, skips, temb, context, hook)
         return self.conv_out(F.silu(self.conv_norm_out(x)))
+
+    def coarse_size(self, height: int, width: int) -> Size:
+        """Return the size of the coarse feature maps, for latents of height x width.
+
+        It is the coarsest size at which the UNet attends whose shorter side is at least 16: 16 x 16
+        for a 512 x 512 picture of SD 1.x, 24 x 24 at 768 x 768. Their self-attention holds the
+        layout, and LocalBlend reads their cross-attention.
+        """
+        for _ in range(self.attention_levels - 1):
+            half = (height + 1) // 2, (width + 1) // 2
+            if min(half) < 16:
+                break
+            height, width = half
+        return height, width

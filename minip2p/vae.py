@@ -8,30 +8,14 @@ Shapes:  b batch · c channels · h w of a feature map · f picture pixels a lat
 from collections.abc import Sequence
 
 import torch
+from PIL import Image
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from .attention import Attention
-from .unet import named
+from .unet import ResnetBlock, named
 
 EPS = 1e-6  # of every norm here; the UNet's resnets use 1e-5: as trained
-
-
-class ResnetBlock(nn.Module):
-    """Two 3x3 convolutions around a skip."""
-
-    def __init__(self, c_in: int, c_out: int, groups: int):
-        super().__init__()
-        self.norm1 = nn.GroupNorm(groups, c_in, eps=EPS)
-        self.conv1 = nn.Conv2d(c_in, c_out, 3, padding=1)
-        self.norm2 = nn.GroupNorm(groups, c_out, eps=EPS)
-        self.conv2 = nn.Conv2d(c_out, c_out, 3, padding=1)
-        self.conv_shortcut = nn.Conv2d(c_in, c_out, 1) if c_in != c_out else nn.Identity()
-
-    def forward(self, x: Tensor) -> Tensor:
-        h = self.conv1(F.silu(self.norm1(x)))
-        h = self.conv2(F.silu(self.norm2(h)))
-        return self.conv_shortcut(x) + h
 
 
 class SelfAttention(Attention):
@@ -51,7 +35,7 @@ class MidBlock(nn.Module):
 
     def __init__(self, c: int, groups: int):
         super().__init__()
-        self.resnets = nn.ModuleList(ResnetBlock(c, c, groups) for _ in range(2))
+        self.resnets = nn.ModuleList(ResnetBlock(c, c, groups, None, EPS) for _ in range(2))
         self.attentions = nn.ModuleList([SelfAttention(c, groups)])
 
     def forward(self, x: Tensor) -> Tensor:
@@ -65,7 +49,9 @@ class Level(nn.Module):
         self, c_in: int, c: int, n: int, groups: int, down: bool = False, up: bool = False
     ):
         super().__init__()
-        self.resnets = nn.ModuleList(ResnetBlock(c if i else c_in, c, groups) for i in range(n))
+        self.resnets = nn.ModuleList(
+            ResnetBlock(c if i else c_in, c, groups, None, EPS) for i in range(n)
+        )
         pad = nn.ZeroPad2d((0, 1, 0, 1))  # only right and bottom: as trained
         halve = named(pad=pad, conv=nn.Conv2d(c, c, 3, stride=2))
         double = named(grow=nn.Upsample(scale_factor=2.0), conv=nn.Conv2d(c, c, 3, padding=1))
@@ -159,3 +145,9 @@ class VAE(nn.Module):
             noise = torch.randn(mean.shape, generator=generator).to(mean)
             mean = mean + (log_variance.clamp(-30, 20) / 2).exp() * noise
         return mean * self.scaling_factor
+
+
+def to_images(pixels: Tensor) -> list[Image.Image]:
+    """Turn decoded pixels into RGB images. pixels: b 3 h w, from -1 to 1 and clamped to it"""
+    pixels = ((pixels / 2 + 0.5).clamp(0, 1) * 255).round().to(torch.uint8)
+    return [Image.fromarray(p.numpy()) for p in pixels.permute(0, 2, 3, 1).cpu()]

@@ -13,7 +13,7 @@ from collections.abc import Iterator, Sequence
 from itertools import pairwise, takewhile
 from typing import NamedTuple
 
-from .check import check
+from .errors import check
 
 # Of any script, and the ASCII signs that Unicode counts as symbols. Not emoji.
 PUNCTUATION = "$+<=>^`|~" + "".join(

@@ -8,9 +8,9 @@ import torch
 from torch import Tensor
 
 import minip2p
-from minip2p import AttentionStore, Chain, LocalBlend, PromptEdit, Refine, Reweight, WordSwap
+from minip2p import AttentionStore, LocalBlend, PromptEdit, Refine, Reweight, WordSwap
 from minip2p.align import replacement
-from minip2p.edit import as_mix
+from minip2p.linear_edit import LinearEdit
 from minip2p.text import encode, tokenize
 
 SQUIRREL = "a painting of a squirrel eating a burger"
@@ -33,13 +33,13 @@ def apart(a: Tensor, b: Tensor) -> float:
     return ((a - b).abs().max() / b.abs().max()).item()
 
 
-class Louder(minip2p.Edit):
+class Louder(minip2p.Hook):
     """Token 8, the burger, twice as loud in the edited prompts, at cross-attention."""
 
-    def wants(self, site: minip2p.Site) -> bool:
-        return site.is_cross
+    def applies_to(self, layer: minip2p.Layer) -> bool:
+        return layer.is_cross
 
-    def __call__(self, probs: Tensor, site: minip2p.Site) -> Tensor:
+    def __call__(self, probs: Tensor, layer: minip2p.Layer) -> Tensor:
         probs[1:, ..., 8] *= 2
         return probs
 
@@ -52,7 +52,7 @@ class Louder(minip2p.Edit):
 def test_an_edit_and_a_hook_are_the_edit_that_does_both(model, guidance, blend):
     """Louder after a swap is what Reweight does, which never sees a hook."""
     swap = WordSwap({"default_": 0.6, "lion": 0.4}, 0.4, blend)
-    both = generate(model, Chain([swap, Louder()]), guidance_scale=guidance)
+    both = generate(model, swap, hooks=[Louder()], guidance_scale=guidance)
     known = generate(model, Reweight({"burger": 2.0}, swap), guidance_scale=guidance)
     assert apart(both.latents, known.latents) < 1e-5
     plain = generate(model, swap, guidance_scale=guidance)
@@ -61,20 +61,21 @@ def test_an_edit_and_a_hook_are_the_edit_that_does_both(model, guidance, blend):
 
 
 def test_each_sees_what_the_one_before_it_returned(model):
-    """Before the swap the source's burger is not what the edit takes over: its own map is loud."""
-    after = generate(model, Chain([WordSwap(1.0, 0), Louder()])).latents
-    before = generate(model, Chain([Louder(), WordSwap(1.0, 0)])).latents
-    swap = generate(model, WordSwap(1.0, 0)).latents
-    assert apart(before, swap) < 1e-5  # all maps are the source's, so what was loud is gone
+    """All maps are the source's, and the hook after the edit makes them louder."""
+    edited = WordSwap(1.0, 0)
+    swap = generate(model, edited).latents
+    after = generate(model, edited, hooks=[Louder()]).latents
     assert apart(after[1], swap[1]) > 1e-3
 
 
 @pytest.mark.parametrize("words", [None, ["burger", "lion"]], ids=["tokens", "words"])
 def test_a_store_beside_a_chain_sees_the_edited_maps(model, words):
-    chain = Chain([WordSwap(0.8, 0.4), Louder()])
     kept, known = (
-        generate(model, edit, store=AttentionStore(words=words)).attention
-        for edit in (chain, Reweight({"burger": 2.0}, WordSwap(0.8, 0.4)))
+        generate(model, edit, hooks=hooks, store=AttentionStore(words=words)).attention
+        for edit, hooks in (
+            (WordSwap(0.8, 0.4), [Louder()]),
+            (Reweight({"burger": 2.0}, WordSwap(0.8, 0.4)), []),
+        )
     )
     for word in ("burger", "lion"):
         assert apart(kept.word(word, 1), known.word(word, 1)) < 1e-5
@@ -85,24 +86,15 @@ def test_a_store_beside_a_chain_sees_the_edited_maps(model, words):
 def test_a_chain_of_one_edit_for_each_prompt_and_auto(model):
     prompts = SQUIRREL, LION, SNOW
     edits = [WordSwap(0.6, 0.4), Refine(0.8, 0.2)]
-    chain = generate(model, Chain([edits, Louder()]), prompts).latents
+    chain = generate(model, edits, prompts, hooks=[Louder()]).latents
     known = generate(model, [Reweight({"burger": 2.0}, edit) for edit in edits], prompts).latents
     assert apart(chain, known) < 1e-5
-    alone = generate(model, Chain(["auto"])).latents
-    assert torch.equal(alone, generate(model, "auto").latents)
 
 
-def test_explain_and_the_page_find_the_edit_in_a_chain(model):
-    swap = WordSwap(0.6, 0.4)
-    table = minip2p.explain(model, [SQUIRREL, LION], Chain([swap, Louder()]))
-    assert table == minip2p.explain(model, [SQUIRREL, LION], swap)
-    with pytest.raises(ValueError, match="Only Prompt-to-Prompt's own edits"):
-        minip2p.explain(model, [SQUIRREL, LION], Chain([Louder()]))
-
-
-def test_a_list_with_a_hook_says_chain(model):
-    with pytest.raises(ValueError, match=r"Chain\(\[edit, hook\]\)"):
-        generate(model, [WordSwap(), Louder()], (SQUIRREL, LION, SNOW))
+def test_a_hook_in_the_place_of_an_edit_is_told_its_own(model):
+    for edit in (Louder(), [WordSwap(), Louder()]):
+        with pytest.raises(minip2p.UserError, match=r"give it as hooks=\[hook\]"):
+            generate(model, edit, (SQUIRREL, LION, SNOW))
 
 
 # --- an alignment of one's own -------------------------------------------------------------------
@@ -133,10 +125,10 @@ def test_rows_that_keep_their_map_are_in_no_product(model):
     rows, k = 4, 77
     source, own, ones = torch.zeros(rows, k, k), torch.ones(rows, k), torch.ones(rows, k)
     source[1], own[1, :5] = torch.eye(k), 0  # row 1 is edited, between rows that are not
-    mix = as_mix(source, own, ones, "cpu")
-    assert mix is not None and mix.also is not None and mix.only is None
-    nans = torch.full_like(mix.also.matrices, torch.nan)
-    ruined = replace(mix, also=mix.also._replace(matrices=nans))
+    edit = LinearEdit.from_dense(source, own, ones, "cpu")
+    assert edit is not None and edit.blended is not None and edit.replaced is None
+    nans = torch.full_like(edit.blended.mappers, torch.nan)
+    ruined = replace(edit, blended=edit.blended._replace(mappers=nans))
     q, v = torch.randn(rows + 2, 2, 16, 8), torch.randn(rows + 2, 2, k, 8)
     keys = torch.randn(rows + 2, 2, k, 8)
     plain = torch.nn.functional.scaled_dot_product_attention(q, keys, v)

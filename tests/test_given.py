@@ -10,8 +10,8 @@ import pytest
 from PIL import Image
 from test_cli import Run, contents, emoji, run, wrote  # noqa: F401
 
-from minip2p import Inversion
-from minip2p.tools import cli, show
+from minip2p import Inversion, show
+from minip2p.tools import cli
 from world.scenes import Scene, draw
 
 BIRD = "a photo of a bird"

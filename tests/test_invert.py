@@ -16,7 +16,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 import minip2p
-from minip2p import Chain, Inversion, LocalBlend, Refine, Reweight, WordSwap, invert
+from minip2p import Inversion, LocalBlend, Refine, Reweight, WordSwap, invert
 from world.scenes import Scene, draw
 
 BIRD, LION = "a photo of a bird", "a photo of a lion"
@@ -119,7 +119,7 @@ def test_what_an_inversion_holds(model, bird, found):
     pixels = found.picture.tensor()
     with torch.no_grad():
         clean = model.vae.encode(pixels)
-        drawn = minip2p.show.to_images(model.vae.decode(clean))[0]
+        drawn = minip2p.vae.to_images(model.vae.decode(clean))[0]
     assert torch.equal(found.trajectory[-1:], clean)
     assert found.reconstruction.tobytes() == drawn.tobytes()
     assert 0.4 < found.trajectory[0].std() < 1.3  # nearly noise: its wall is flat
@@ -173,18 +173,18 @@ def test_row_0_is_the_reconstruction_to_the_bit(model, found, friendly, method, 
 
 
 def test_row_0_with_hooks_and_alone(model, found):
-    class Wild(minip2p.Edit):
-        def __call__(self, probs, site):
+    class Wild(minip2p.Hook):
+        def __call__(self, probs, layer):
             return probs.roll(1, dims=-1)
 
-        def blend(self, latents):
+        def after_step(self, latents):
             return latents + 0.1 * latents.flip(-1)
 
     for prompts, edit in (
         ([BIRD], None),
         ([BIRD, LION], None),
         ([BIRD, LION], "auto"),
-        ([BIRD, LION], Chain([WordSwap(local_blend=LocalBlend("lion")), minip2p.Edit()])),
+        ([BIRD, LION], WordSwap(local_blend=LocalBlend("lion"))),
     ):
         out = minip2p.generate(model, prompts, edit=edit, source=found, store=True)
         assert torch.equal(out.latents[0], found.trajectory[-1])

@@ -20,20 +20,19 @@ from torch import Tensor
 from torch.nn import functional as F
 
 import minip2p
-from minip2p import AttentionStore, LocalBlend, Refine, Reweight, Site, WordSwap
+from minip2p import AttentionStore, Layer, LocalBlend, Refine, Reweight, WordSwap
 from minip2p.align import LENGTH, calls_of, refinement, replacement, token_weights, token_windows
 from minip2p.edit import bind
-from minip2p.settings import coarse_size
 from minip2p.text import encode, tokenize
-from minip2p.tools.show import to_images
+from minip2p.vae import to_images
 
 SQUIRREL = "a photo of a squirrel eating a burger"
 LION = "a photo of a lion eating a burger"
 SNOW = "a photo of a squirrel eating a burger in the snow"
 SWAP = WordSwap(0.8, 0.4)
 
-CROSS = Site("up_blocks.1.attentions.0.transformer_blocks.0.attn2", "up", True, 16, 16)
-SELF = Site("up_blocks.1.attentions.0.transformer_blocks.0.attn1", "up", False, 16, 16)
+CROSS = Layer("up_blocks.1.attentions.0.transformer_blocks.0.attn2", "up", True, 16, 16)
+SELF = Layer("up_blocks.1.attentions.0.transformer_blocks.0.attn1", "up", False, 16, 16)
 
 
 @pytest.fixture(scope="session")
@@ -87,20 +86,20 @@ def bound(tokenizer, edit, *texts: str):
     return bind(edit, prompts, latent_size=(64, 64), coarse=(16, 16))
 
 
-class Watch(minip2p.Edit):
+class Watch(minip2p.Hook):
     """A user's edit that sees all and changes nothing."""
 
     def __init__(self):
-        self.calls, self.rows, self.dtypes, self.sites = [], set(), set(), set()
+        self.calls, self.rows, self.dtypes, self.layers = [], set(), set(), set()
 
-    def at(self, call, calls):
+    def at(self, call, calls, timestep):
         self.calls.append((call, calls))
         return self
 
-    def __call__(self, probs, site):
+    def __call__(self, probs, layer):
         self.rows.add(len(probs))
         self.dtypes.add(probs.dtype)
-        self.sites.add(site)
+        self.layers.add(layer)
         return probs
 
 
@@ -195,7 +194,7 @@ def test_b05_words_of_the_source_and_the_callers_dict(clip_tokenizer):
 
     weights = {"squirrel": 2.0}
     assert token_weights(weights, *prompts, alignment)[5] == 2
-    bound(clip_tokenizer, Reweight(weights, WordSwap(windows)), SQUIRREL, LION).at(0, 2)
+    bound(clip_tokenizer, Reweight(weights, WordSwap(windows)), SQUIRREL, LION).at(0, 2, 0)
     assert (windows, weights) == ({"squirrel": 0.4}, {"squirrel": 2.0})
 
 
@@ -215,9 +214,9 @@ def test_b06_whole_numbers_and_pairs(clip_tokenizer, value, calls):
     assert calls_of(value, 10) == calls
     for edit in (WordSwap(value, 0.0), WordSwap({"default_": 0.0, "lion": value}, 0.0)):
         edit = bound(clip_tokenizer, edit, SQUIRREL, LION)
-        assert [call for call in range(10) if edit.at(call, 10).wants(CROSS)] == list(calls)
+        assert [call for call in range(10) if edit.at(call, 10, 0).applies_to(CROSS)] == list(calls)
     edit = bound(clip_tokenizer, WordSwap(0, value), SQUIRREL, LION)
-    assert [call for call in range(10) if edit.at(call, 10).wants(SELF)] == list(calls)
+    assert [call for call in range(10) if edit.at(call, 10, 0).applies_to(SELF)] == list(calls)
 
 
 @pytest.mark.parametrize("value", [1.01, -0.1, (0.8, 0.1), math.nan])
@@ -239,20 +238,22 @@ def test_b07_a_window_of_one_includes_the_last_call(clip_tokenizer):
     edit = bound(clip_tokenizer, WordSwap(1.0, 1.0), SQUIRREL, LION)
     for calls in (1, 50, 51):  # 50 steps of DDIM and of PNDM
         assert all(
-            edit.at(call, calls).wants(site) for call in range(calls) for site in (CROSS, SELF)
+            edit.at(call, calls, 0).applies_to(layer)
+            for call in range(calls)
+            for layer in (CROSS, SELF)
         )
     edit = bound(clip_tokenizer, WordSwap(0.59, 0.59), SQUIRREL, LION)  # 30.09 and 29.5
-    for site, calls, inside in itertools.product((CROSS, SELF), (50, 51), range(51)):
-        assert edit.at(inside, calls).wants(site) == (inside < (30 if calls == 51 else 29))
+    for layer, calls, inside in itertools.product((CROSS, SELF), (50, 51), range(51)):
+        assert edit.at(inside, calls, 0).applies_to(layer) == (inside < (30 if calls == 51 else 29))
 
 
 def test_b08_nothing_is_counted_in_the_model(model, swapped):
     """The step was counted in the layers, so that a run cut short shifted the next one."""
 
-    class Stop(minip2p.Edit):
+    class Stop(minip2p.Hook):
         seen = 0
 
-        def __call__(self, probs, site):
+        def __call__(self, probs, layer):
             self.seen += 1
             if self.seen == 20:  # in the middle of a UNet call
                 raise RuntimeError("stop")
@@ -280,10 +281,10 @@ def test_b08_every_layer_is_reached(model):
     watch = Watch()
     generate(model, edit=watch, num_inference_steps=1)
     layers = {name for name, _ in model.unet.named_modules() if name.endswith(("attn1", "attn2"))}
-    assert {site.name for site in watch.sites} == layers
+    assert {layer.name for layer in watch.layers} == layers
     assert len(layers) >= 2
-    assert all(site.is_cross == site.name.endswith("attn2") for site in watch.sites)
-    assert all(site.height and site.width for site in watch.sites)
+    assert all(layer.is_cross == layer.name.endswith("attn2") for layer in watch.layers)
+    assert all(layer.height and layer.width for layer in watch.layers)
 
 
 def test_b09_all_prompts_start_from_the_same_noise(model):
@@ -319,10 +320,10 @@ def test_b09_an_edit_sees_the_prompts_alone(model, guidance_scale):
     assert watch.rows == {3}
 
 
-class Silence(minip2p.Edit):
+class Silence(minip2p.Hook):
     """A user's edit that changes the maps in place."""
 
-    def __call__(self, probs, site):
+    def __call__(self, probs, layer):
         probs[1:] = 0
         return probs
 
@@ -333,14 +334,14 @@ class AfterSilence(Silence):
     def __init__(self, store):
         self.store = store
 
-    def at(self, call, calls):
-        self.store.at(call, calls)
+    def at(self, call, calls, timestep):
+        self.store.at(call, calls, timestep)
         return self
 
-    def __call__(self, probs, site):
-        if self.store.wants(site):
-            self.store(probs, site)
-        return super().__call__(probs, site)
+    def __call__(self, probs, layer):
+        if self.store.applies_to(layer):
+            self.store(probs, layer)
+        return super().__call__(probs, layer)
 
 
 def test_b10_what_is_stored_stays(model):
@@ -365,13 +366,13 @@ def test_b10_before_or_after_the_edit_as_asked(model):
 def test_b10_only_what_was_asked_for_is_kept(model):
     """Twice the memory was held, nine tenths of it self-attention that nobody looked at."""
     everything = generate(model, store=True, num_inference_steps=1).attention
-    assert all(site.is_cross for site in everything.maps)
+    assert all(layer.is_cross for layer in everything.maps)
     store = AttentionStore(words=["lion", "burger"], places=["up"], max_pixels=64)
     store = generate(model, store=store, edit=SWAP).attention
-    assert {site.place for site in store.maps} == {"up"}
-    assert max(site.height * site.width for site in store.maps) == 64
-    for site, kept in store.maps.items():
-        assert [tuple(t.shape) for t in kept] == [(2, site.height * site.width, 2)]
+    assert {layer.place for layer in store.maps} == {"up"}
+    assert max(layer.height * layer.width for layer in store.maps) == 64
+    for layer, kept in store.maps.items():
+        assert [tuple(t.shape) for t in kept] == [(2, layer.height * layer.width, 2)]
         assert all(t.untyped_storage().nbytes() == t.nbytes for t in kept)  # no view of more
 
 
@@ -389,7 +390,7 @@ def test_b10_only_what_was_asked_for_is_kept(model):
 def test_b11_blends_at_other_sizes(model, height, width, coarse):
     """The maps were read as 16 x 16 whatever the picture's size: garbage, and no error."""
     h, w = height // model.vae.f, width // model.vae.f
-    assert coarse_size(h, w, model.unet.levels) == coarse
+    assert model.unet.coarse_size(h, w) == coarse
     edit = WordSwap(0.2, 0.0, LocalBlend("lion", threshold=0.4))
     store = AttentionStore(max_pixels=coarse[0] * coarse[1])
     result = generate(
@@ -455,7 +456,7 @@ def test_b14_weights_act_at_every_call_and_are_not_normalised(clip_tokenizer, we
         (5, probs[1]),
         (9, probs[1]),
     ):
-        edited = edit.at(call, 10)(probs.clone(), CROSS)
+        edited = edit.at(call, 10, 0)(probs.clone(), CROSS)
         assert torch.allclose(edited[1], unweighted * w, atol=1e-6)
         assert torch.equal(edited[0], probs[0])
 
@@ -539,19 +540,16 @@ def test_b20_the_source_has_its_own_trajectory(model):
     for edit in (None, SWAP):
         seen = []
 
-        class Look(minip2p.Edit):
-            def at(self, call, calls, seen=seen):
+        class Look(minip2p.Hook):
+            def at(self, call, calls, timestep, seen=seen):
                 seen.append([])
                 return self
 
-            def __call__(self, probs, site, seen=seen):
+            def __call__(self, probs, layer, seen=seen):
                 seen[-1].append(probs[0].clone())
                 return probs
 
-        prompts = [tokenize(model.tokenizer, text) for text in (SQUIRREL, LION)]
-        b = bind(edit, prompts, latent_size=(16, 16), coarse=(16, 16))
-        chain = minip2p.Chain([e for e in (Look(), b) if e])
-        generate(model, edit=chain)
+        generate(model, edit=edit, hooks=[Look()])
         runs.append(seen)
     for alone, edited in zip(*runs, strict=True):
         for a, b in zip(alone, edited, strict=True):

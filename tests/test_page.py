@@ -22,14 +22,14 @@ from PIL import Image
 from torch import Tensor
 
 import minip2p
-from minip2p import AttentionStore, LocalBlend, Refine, Reweight, Site, WordSwap
+from minip2p import AttentionStore, Layer, LocalBlend, Refine, Reweight, WordSwap
 from minip2p.align import Prompt
 from minip2p.edit import Edits, bind
-from minip2p.sample import Result
+from minip2p.explain import text as explained_text
+from minip2p.html.page import MAP_BYTES, PageStore, page
+from minip2p.pipeline import Result
+from minip2p.show import COLOURS
 from minip2p.text import tokenize
-from minip2p.tools import table
-from minip2p.tools.page import MAP_BYTES, PageStore, page
-from minip2p.tools.show import COLOURS
 from minip2p.weights.clip import load_tokenizer
 
 TOKENIZER = Path(minip2p.__file__).parent / "models" / "emoji" / "tokenizer"
@@ -140,14 +140,14 @@ def bump(row: int, token: int, call: int, size: tuple[int, int]) -> Tensor:
 def fill(store: AttentionStore, calls: int) -> AttentionStore:
     """Maps at two layers of the coarse size and one of another, as a run would have left them."""
     for call in range(calls):
-        store.at(call, calls)
+        store.at(call, calls, 0)
         maps = torch.stack([
             torch.stack([bump(r, k, call, store.size) for k in range(77)], dim=-1).flatten(0, 1)
             for r in range(len(store.prompts))
         ])  # fmt: skip
-        store.add(Site("a", "up", True, *store.size), maps * 1.5)
-        store.add(Site("b", "down", True, *store.size), maps * 0.5)
-        store.add(Site("c", "down", True, 2, 2), torch.rand(len(maps), 4, 77))
+        store.add(Layer("a", "up", True, *store.size), maps * 1.5)
+        store.add(Layer("b", "down", True, *store.size), maps * 0.5)
+        store.add(Layer("c", "down", True, 2, 2), torch.rand(len(maps), 4, 77))
     return store
 
 
@@ -319,7 +319,7 @@ def test_tables_say_what_explain_says():
     prompts = [SQUIRREL, "a lioness, eating a burger", LION, "a squirrel eating a big burger"]
     result, bound = make(prompts, edits, calls=10)
     reader = Reader(page(result, bound))
-    explained = [line.strip() for line in table.text(bound, 10).splitlines()]
+    explained = [line.strip() for line in explained_text(bound, 10).splitlines()]
     explained = [re.sub(r" x (?=\d)", " × ", line) for line in explained if line]
     starts = [n for n, line in enumerate(explained) if line.startswith(("Edit 1", "Edit 3"))]
     shown = iter(reader.text("tr"))
@@ -341,7 +341,7 @@ def test_size_is_bounded():
         store = result.attention
         store.begin(store.prompts, (16, 16))
         store.calls = calls
-        store.maps[Site("a", "up", True, 16, 16)] = list(torch.rand(calls, 3, 256, 77))
+        store.maps[Layer("a", "up", True, 16, 16)] = list(torch.rand(calls, 3, 256, 77))
         noise = (torch.rand(3, pixels, pixels, 3) * 255).to(torch.uint8)
         result.images = [Image.fromarray(image.numpy()) for image in noise]
         text = page(result, bound)
@@ -384,7 +384,7 @@ def test_a_run_of_the_bundled_model():
         model, [SQUIRREL, LION], edit=edit, num_inference_steps=3, scheduler="pndm", store=store
     )
     bound = bind(edit, store.prompts, latent_size=(16, 16), coarse=(16, 16))
-    assert {(site.height, site.width) for site in store.maps} == {(16, 16)}
+    assert {(layer.height, layer.width) for layer in store.maps} == {(16, 16)}
     run = Reader(page(result, bound)).run()
     assert run["calls"] == 4 and run["shown"] == [0, 1, 2, 3]
     squirrel, lion = (decoded(run["rows"][r]["words"][2], (16, 16)) for r in (0, 1))

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 import minip2p
-from minip2p import show, text
+from minip2p import text
 from minip2p.unet import UNet
 from minip2p.vae import VAE
 
@@ -92,7 +92,7 @@ def test_full_size_unet_and_decoder():
     x, context = torch.randn(1, 4, 64, 64), torch.randn(1, 77, 768)
     assert error(ours(x, 481, context), theirs(x, 481, context).sample) < 1e-5
     assert (
-        len({m.site.name for m in ours.modules() if isinstance(m, minip2p.attention.Attention)})
+        len({m.layer.name for m in ours.modules() if isinstance(m, minip2p.attention.Attention)})
         == 32
     )
     del theirs, ours
@@ -245,7 +245,7 @@ def test_run_equals_the_diffusers_pipeline(
     theirs = pipe(output_type="latent", **settings).images
     assert error(ours.latents, theirs) < 1e-4
     pixels = pipe(output_type="pt", **settings).images  # in [0, 1]
-    theirs_images = show.to_images(pixels * 2 - 1)
+    theirs_images = minip2p.vae.to_images(pixels * 2 - 1)
     for image, other in zip(ours.images, theirs_images, strict=True):
         a, b = (torch.tensor(np.asarray(i)).int() for i in (image, other))
         assert (a - b).abs().max() <= 1

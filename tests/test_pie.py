@@ -273,8 +273,8 @@ def test_self_attention_up_to_twice_the_coarse_size():
     bound = pie.bind_to(model, prompts, minip2p.Refine(0.4, 0.6), (64, 64))[1]
     assert bound.coarse == (32, 32) or bound.coarse == (16, 16)
     h, w = bound.coarse
-    now, plain = pie.Wider(bound).at(0, 50), bound.at(0, 50)
+    now, plain = pie.Wider(bound).at(0, 50, 0), bound.at(0, 50, 0)
     for scale, theirs, ours in ((1, True, True), (2, True, False), (4, False, False)):
-        site = minip2p.Site("x", "up", False, scale * h, scale * w)
-        assert (now.mix(site) is not None, plain.mix(site) is not None) == (theirs, ours)
-    assert pie.Wider(bound).at(30, 50).mix(minip2p.Site("x", "up", False, h, w)) is None
+        layer = minip2p.Layer("x", "up", False, scale * h, scale * w)
+        assert (now.linear(layer) is not None, plain.linear(layer) is not None) == (theirs, ours)
+    assert pie.Wider(bound).at(30, 50, 0).linear(minip2p.Layer("x", "up", False, h, w)) is None

@@ -17,10 +17,9 @@ import torch
 from torch import Tensor
 
 import minip2p
-from minip2p import Chain, LocalBlend, Refine, Reweight, WordSwap
-from minip2p.attention import Attention, Guided, Mix, Taken
+from minip2p import LocalBlend, Refine, Reweight, WordSwap
+from minip2p.attention import Attention, Chain, LinearEdit, PromptRows, SourceMaps
 from minip2p.edit import bind
-from minip2p.settings import coarse_size
 from minip2p.text import encode, tokenize
 from minip2p.weights.clip import load_tokenizer
 
@@ -570,7 +569,7 @@ def test_the_reference_ends_at_the_same_latents(model, ours, theirs, name):
 def test_the_reference_s_sizes_are_those_of_the_coarse_level(model):
     for case in (make() for make in CASES.values()):
         size = case.settings.get("latents", noise()).shape[2:]
-        assert coarse_size(*size, model.unet.levels) == case.coarse
+        assert model.unet.coarse_size(*size) == case.coarse
 
 
 def trailing_tokens_stay(tokenizer, source, target):
@@ -630,14 +629,14 @@ def test_the_comparison_sees(model, ours, theirs, how):
 # --- every layer: fused equals written out -------------------------------------------------------
 
 
-class WrittenOut(minip2p.Edit):
+class WrittenOut(minip2p.Hook):
     """The same edit, but on maps that are written down, at every layer."""
 
-    def __init__(self, edit: minip2p.Edit):
+    def __init__(self, edit: minip2p.Hook):
         self.edit = edit
 
-    def __call__(self, probs: Tensor, site: minip2p.Site) -> Tensor:
-        return self.edit(probs, site) if self.edit.wants(site) else probs
+    def __call__(self, probs: Tensor, layer: minip2p.Layer) -> Tensor:
+        return self.edit(probs, layer) if self.edit.applies_to(layer) else probs
 
 
 WINDOWS = {"default_": 0.8, "squirrel": 0.3, "snow": (0.6, 0.9)}  # at call 5 of 10: out, in, out
@@ -667,21 +666,22 @@ def halfway(model: minip2p.StableDiffusion, size: tuple[int, int], edits: Any):
     texts = [SNOW, f"a photo of a lion eating a {word(2)} in the snow"]
     texts.append("a photo of a squirrel riding a car at the night")
     prompts = [tokenize(model.tokenizer, text) for text in texts]
-    coarse = coarse_size(*size, model.unet.levels)
-    edit = bind(edits, prompts, latent_size=size, coarse=coarse)
+    coarse = model.unet.coarse_size(*size)
+    edit = bind(edits, prompts, latent_size=size, coarse=coarse, defaults=model.defaults)
     context = encode(model.text_encoder, prompts)
     x = noise(*size).expand(len(prompts), -1, -1, -1)
     x = next(minip2p.denoise(model.unet, minip2p.DDIM(2), x, context, context, 1.0))
-    return prompts, context, x, edit.at(5, 10)
+    return prompts, context, x, edit.at(5, 10, 0)
 
 
 def each_layer(unet: Any, x: Tensor, context: Tensor, edit: Any, written: Any) -> dict[Any, float]:
     """Of every layer of one UNet call, on its own input: how far the two ways differ."""
     differences = {}
 
-    def compare(layer: Attention, args: tuple, out: Tensor) -> None:
-        site = (layer.site.name, layer.site.place, layer.site.is_cross, tuple(out.shape[1:3]))
-        differences[site] = difference(out, layer.forward(*args[:2], written))
+    def compare(module: Attention, args: tuple, out: Tensor) -> None:
+        layer = module.layer
+        key = (layer.name, layer.place, layer.is_cross, tuple(out.shape[1:3]))
+        differences[key] = difference(out, module.forward(*args[:2], written))
 
     layers = [m for m in unet.modules() if isinstance(m, Attention)]
     hooks = [layer.register_forward_hook(compare) for layer in layers]
@@ -700,9 +700,9 @@ def test_every_layer_fused_equals_written_out(model, name):
     print(f"{name}: {max(found.values()):.1e}")
     assert max(found.values()) < 1e-5
 
-    sites = {(place, is_cross, size) for _, place, is_cross, size in found}
+    layers = {(place, is_cross, size) for _, place, is_cross, size in found}
     places = {("down", n) for n in (32, 16, 8)} | {("mid", 4)} | {("up", n) for n in (32, 16, 8)}
-    assert sites == {(place, cross, (n, n)) for place, n in places for cross in (True, False)}
+    assert layers == {(place, cross, (n, n)) for place, n in places for cross in (True, False)}
 
 
 @pytest.mark.parametrize("name", MIXES)
@@ -712,15 +712,15 @@ def test_every_layer_with_guidance_and_a_store_of_words(model, name):
     stores = [minip2p.AttentionStore(words=["snow", "lion", word(2)]) for _ in range(2)]
     for store in stores:
         store.begin(prompts, (16, 16))
-        store.at(0, 1)
+        store.at(0, 1, 0)
     fused, written = (Chain([edit, store]) for store in stores)
     x, context = torch.cat([x, x]), torch.cat([context, context.flip(0)])
     found = each_layer(
         model.unet,
         x,
         context,
-        Guided(fused, len(prompts)),
-        Guided(WrittenOut(written), len(prompts)),
+        PromptRows(fused, len(prompts)),
+        PromptRows(WrittenOut(written), len(prompts)),
     )
     read = [difference(*(store.average((n, n)) for store in stores)) for n in (16, 8, 4, 2)]
     print(f"{name}: {max(found.values()):.1e}, maps of words {max(read):.1e}")
@@ -978,20 +978,20 @@ def test_maps_of_the_calls_sum_to_the_average(model, words, scheduler):
 @pytest.mark.parametrize("by_call", [False, True])
 def test_no_later_edit_reaches_a_stored_map(model, by_call):
     """The hook overwrites every map in place after the store has seen it."""
-    seen: dict[minip2p.Site, list[Tensor]] = {}
+    seen: dict[minip2p.Layer, list[Tensor]] = {}
 
-    class Overwrite(minip2p.Edit):
-        def __call__(self, probs, site):
-            seen.setdefault(site, []).append(probs.mean(dim=1).clone())
+    class Overwrite(minip2p.Hook):
+        def __call__(self, probs, layer):
+            seen.setdefault(layer, []).append(probs.mean(dim=1).clone())
             return probs.fill_(0.01)
 
     store = minip2p.AttentionStore(self_attention=True, before_edit=True, by_call=by_call)
     generate(model, [SQUIRREL, LION], Overwrite(), store=store)
     assert len(store.maps) == len(seen) == 32  # 6 + 6 down, 1 + 1 mid, 9 + 9 up, as in SD
-    for site, maps in seen.items():
+    for layer, maps in seen.items():
         expected = maps if by_call else [sum(maps)]
-        assert len(store.maps[site]) == len(expected)
-        for a, b in zip(store.maps[site], expected, strict=True):
+        assert len(store.maps[layer]) == len(expected)
+        for a, b in zip(store.maps[layer], expected, strict=True):
             torch.testing.assert_close(a, b)
 
 
@@ -1010,7 +1010,7 @@ def test_a_store_forgets_the_run_before(model):
 
 def test_the_example_of_edit_s_docstring(model, plain):
     """It doubles a word's attention, in the edited prompts and the first half of the run."""
-    lines = minip2p.Edit.__doc__.split("class Louder", 1)[1].splitlines()
+    lines = minip2p.Hook.__doc__.split("class Louder", 1)[1].splitlines()
     source = "\n".join(["class Louder" + lines[0], *(line[4:] for line in lines[1:])])
     names = {"minip2p": minip2p}
     exec(source, names)
@@ -1029,7 +1029,7 @@ def test_the_example_of_edit_s_docstring(model, plain):
 
     # It is what Reweight does.
     lion = Reweight({"lion": 2.0}, WordSwap(0, 0))
-    always = type("Always", (names["Louder"],), {"at": minip2p.Edit.at})()
+    always = type("Always", (names["Louder"],), {"at": minip2p.Hook.at})()
     expected = generate(model, [SQUIRREL, LION], lion).latents
     assert difference(generate(model, [SQUIRREL, LION], always).latents, expected) < 1e-5
 
@@ -1037,19 +1037,19 @@ def test_the_example_of_edit_s_docstring(model, plain):
 def test_a_hook_sees_each_layer_once_a_call_and_every_prompt_s_row(model):
     seen = []
 
-    class Look(minip2p.Edit):
-        def at(self, call, calls):
+    class Look(minip2p.Hook):
+        def at(self, call, calls, timestep):
             seen.append((call, calls))
             return self if call in (0, 3) else None
 
-        def wants(self, site):
-            return site.place == "up"
+        def applies_to(self, layer):
+            return layer.place == "up"
 
-        def __call__(self, probs, site):
-            seen.append(site)
+        def __call__(self, probs, layer):
+            seen.append(layer)
             assert probs.dtype == torch.float32
-            keys = 77 if site.is_cross else site.height * site.width
-            assert probs.shape == (3, 4, site.height * site.width, keys)
+            keys = 77 if layer.is_cross else layer.height * layer.width
+            assert probs.shape == (3, 4, layer.height * layer.width, keys)
             return probs
 
     generate(model, [SQUIRREL, LION, SNOW], Look(), scheduler="pndm", height=128, width=192)
@@ -1058,17 +1058,17 @@ def test_a_hook_sees_each_layer_once_a_call_and_every_prompt_s_row(model):
     calls = [i for i, what in enumerate(seen) if isinstance(what, tuple)]
     assert [seen[i] for i in calls] == [(call, STEPS + 1) for call in range(STEPS + 1)]
     for call, (start, stop) in enumerate(zip(calls, [*calls[1:], len(seen)], strict=True)):
-        sites = seen[start + 1 : stop]
-        assert [site.name for site in sites] == (names if call in (0, 3) else [])
-        assert {(s.height, s.width) for s in sites} <= {(16, 24), (8, 12), (4, 6)}
-        assert all(site.is_cross == site.name.endswith("attn2") for site in sites)
+        layers = seen[start + 1 : stop]
+        assert [layer.name for layer in layers] == (names if call in (0, 3) else [])
+        assert {(s.height, s.width) for s in layers} <= {(16, 24), (8, 12), (4, 6)}
+        assert all(layer.is_cross == layer.name.endswith("attn2") for layer in layers)
 
 
 def test_a_hook_that_returns_new_maps_is_word_swap(model):
     """The definition of word swap at a full window, in a hook's own words."""
 
-    class Swap(minip2p.Edit):
-        def __call__(self, probs, site):
+    class Swap(minip2p.Hook):
+        def __call__(self, probs, layer):
             return probs[:1].expand_as(probs)
 
     expected = generate(model, [SQUIRREL, LION], WordSwap(1.0, 1.0)).latents
@@ -1076,11 +1076,11 @@ def test_a_hook_that_returns_new_maps_is_word_swap(model):
 
 
 def test_a_hook_s_blend_sees_the_latents_after_each_call(model, plain):
-    class Copy(minip2p.Edit):
-        def wants(self, site):
+    class Copy(minip2p.Hook):
+        def applies_to(self, layer):
             return False
 
-        def blend(self, latents):
+        def after_step(self, latents):
             return latents[:1].expand_as(latents)
 
     source, edited = generate(model, [SQUIRREL, LION], Copy()).latents
@@ -1089,13 +1089,13 @@ def test_a_hook_s_blend_sees_the_latents_after_each_call(model, plain):
 
 
 def test_an_exception_in_a_hook_leaves_nothing_behind(model):
-    class Broken(minip2p.Edit):
-        def at(self, call, calls):
+    class Broken(minip2p.Hook):
+        def at(self, call, calls, timestep):
             return self if call == 2 else None
 
-        def __call__(self, probs, site):
+        def __call__(self, probs, layer):
             probs.zero_()
-            if site.place == "mid":
+            if layer.place == "mid":
                 raise RuntimeError("broken")
             return probs
 
@@ -1124,9 +1124,9 @@ def test_a_store_may_have_more_words_than_a_head_is_wide(model):
 
 
 def test_a_hook_may_be_an_empty_list(model):
-    class Names(minip2p.Edit, list):
-        def __call__(self, probs, site):
-            self.append(site.name)
+    class Names(minip2p.Hook, list):
+        def __call__(self, probs, layer):
+            self.append(layer.name)
             return probs
 
     names = Names()
@@ -1136,14 +1136,14 @@ def test_a_hook_may_be_an_empty_list(model):
 
 @pytest.mark.parametrize("is_cross", [True, False])
 def test_a_hook_may_be_a_linear_map_with_guidance(model, plain, is_cross):
-    class Same(minip2p.Edit):
-        def wants(self, site):
-            return site.is_cross == is_cross
+    class Same(minip2p.Hook):
+        def applies_to(self, layer):
+            return layer.is_cross == is_cross
 
-        def mix(self, site):
-            keys = 77 if is_cross else site.height * site.width
+        def linear(self, layer):
+            keys = 77 if is_cross else layer.height * layer.width
             rows = torch.arange(4)  # of both prompts and both blanks
-            taken = Taken([1], torch.eye(keys)[None]) if is_cross else None
-            return Mix(rows, taken)
+            taken = SourceMaps([1], torch.eye(keys)[None]) if is_cross else None
+            return LinearEdit(rows, taken)
 
     assert difference(generate(model, [SQUIRREL, LION], Same()).latents, plain.latents) < 1e-5

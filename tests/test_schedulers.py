@@ -17,7 +17,7 @@ from models import edit_json, make_layouts
 from torch import Tensor
 
 import minip2p
-from minip2p.spacing import SPACINGS
+from minip2p.scheduler import SPACINGS
 from minip2p.weights import WeightsError, load, schedule
 
 OURS = {"DDIMScheduler": minip2p.DDIM, "PNDMScheduler": minip2p.PNDM}

@@ -11,7 +11,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 import minip2p
-from minip2p import AttentionStore, Chain, Edit, LocalBlend, Reweight, WordSwap
+from minip2p import AttentionStore, Hook, LocalBlend, Reweight, WordSwap
 
 SQUIRREL, LION = "a photo of a squirrel eating a burger", "a photo of a lion’s pizza, 🐱 x"
 EDIT = Reweight({"a": 2}, WordSwap(0.8, 0.4, LocalBlend("a")))
@@ -41,7 +41,7 @@ def generate(model, store, prompts=(SQUIRREL, LION), **settings) -> minip2p.Resu
 
 def answers(store: AttentionStore) -> dict[str, object]:
     """All that a store says of its run."""
-    of_layers = {site: [m.clone() for m in maps] for site, maps in store.maps.items()}
+    of_layers = {layer: [m.clone() for m in maps] for layer, maps in store.maps.items()}
     words = store.words or store.prompts[0].words
     maps = [store.average()] + [
         store.word(word, prompt)
@@ -87,17 +87,17 @@ def test_a_second_run_leaves_the_first_result_its_maps(model, options, second):
 
 
 def test_a_second_run_that_fails_leaves_them_too(model):
-    class Stop(Edit):
-        def __call__(self, probs, site):
+    class Stop(Hook):
+        def __call__(self, probs, layer):
             raise RuntimeError("stop")
 
     store = AttentionStore()
     first = generate(model, store)
     before = answers(first.attention)
     with pytest.raises(RuntimeError, match="stop"):
-        generate(model, store, edit=Chain([WordSwap(), Stop()]))
+        generate(model, store, edit=WordSwap(), hooks=[Stop()])
     with pytest.raises(ValueError, match="nothing is called"):
-        generate(model, store, edit=Chain([WordSwap({"nothing is called": 1})]))
+        generate(model, store, edit=WordSwap({"nothing is called": 1}))
     assert same(answers(first.attention), before)
 
 
@@ -136,8 +136,8 @@ def test_what_is_loaded_answers_as_what_was_saved(model, tmp_path, name):
 
 
 def test_the_page_s_and_other_sizes_survive(model, tmp_path):
-    from minip2p.tools import show
-    from minip2p.tools.page import PageStore
+    from minip2p import show
+    from minip2p.html.page import PageStore
 
     store = generate(model, PageStore(), height=96, width=128).attention
     store.save(tmp_path / "maps")
@@ -158,8 +158,8 @@ def test_a_file_is_plain_safetensors(model, tmp_path):
     assert [prompt["text"] for prompt in about["prompts"]] == [SQUIRREL, LION]
     tensors = load_file(tmp_path / "maps")
     assert set(tensors) == {f"{s.name} {s.height}x{s.width}" for s in store.maps}
-    for site, maps in store.maps.items():  # n b q k
-        stored = tensors[f"{site.name} {site.height}x{site.width}"]
+    for layer, maps in store.maps.items():  # n b q k
+        stored = tensors[f"{layer.name} {layer.height}x{layer.width}"]
         assert torch.equal(stored, torch.stack(maps))
 
 

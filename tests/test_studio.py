@@ -27,9 +27,9 @@ from test_page import CHROMEDRIVER, CHROMIUM, Browser, start_browser
 
 import minip2p
 from minip2p import LocalBlend, PromptEdit, Reweight
+from minip2p.studio.app import OutdatedError, Studio, Visitor, main
+from minip2p.studio.wish import LIMITS, PROMPT, Wish, make_wish, rows
 from minip2p.tools import cli
-from minip2p.tools.studio import OutdatedError, Studio, Visitor, main
-from minip2p.tools.wish import LIMITS, PROMPT, Wish, make_wish, rows
 
 PACKAGE = Path(minip2p.__file__).parent
 BIRD = PACKAGE.parent / "docs" / "bird.png"

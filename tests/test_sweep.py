@@ -19,7 +19,9 @@ from test_page import CHROMEDRIVER, CHROMIUM, start_browser
 
 import minip2p
 from minip2p import LocalBlend, Refine, Reweight, WordSwap
-from minip2p.tools import measure, report, results, study, sweep, worker
+from minip2p.html import report
+from minip2p.sweep import measure, results, study, worker
+from minip2p.sweep import program as sweep
 
 SQUIRREL, LION = "a squirrel eating a burger", "a lion eating a burger"
 MODEL: dict[str, Any] = {

@@ -13,8 +13,8 @@ import numpy as np
 import pytest
 from test_sweep import SQUIRREL, complete_and_once, limited, rows_of, start, wait_for_rows
 
-from minip2p.tools import cluster
-from minip2p.tools.worker import Job
+from minip2p.sweep import ray as cluster
+from minip2p.sweep.worker import Job
 
 # Read when Ray is imported, here and in the commands: or 127.0.0.1 would become the machine's own
 # address.

@@ -202,7 +202,7 @@ def test_word_maps_are_pulled_towards_the_masks():
     masks[..., 4:9, 3:12] = 1
     for _ in range(60):
         words = train.WordMaps(columns)
-        words(scores.softmax(dim=-1), train.Site("", "up", True, 16, 16))
+        words(scores.softmax(dim=-1), train.Layer("", "up", True, 16, 16))
         words.loss(masks, torch.ones(1, 1)).backward()
         with torch.no_grad():
             scores -= 300 * scores.grad
@@ -219,7 +219,7 @@ def test_a_map_that_is_all_one_word_has_a_finite_loss():
     probs = torch.zeros(1, 1, 256, 77, dtype=torch.bfloat16)
     probs[..., 5] = 1
     words = train.WordMaps(columns)
-    words(probs.requires_grad_(), train.Site("", "up", True, 16, 16))
+    words(probs.requires_grad_(), train.Layer("", "up", True, 16, 16))
     loss = words.loss(torch.zeros(1, 1, 16, 16), torch.ones(1, 1))
     loss.backward()
     assert loss.item() == pytest.approx(-torch.tensor(1e-4).log().item(), rel=1e-2)

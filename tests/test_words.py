@@ -10,7 +10,7 @@ import pytest
 import torch
 
 import minip2p
-from minip2p import AttentionStore, LocalBlend, Refine, Reweight, Site, WordSwap
+from minip2p import AttentionStore, Layer, LocalBlend, Refine, Reweight, WordSwap
 from minip2p.align import Prompt, replacement, token_weights, token_windows
 from minip2p.edit import bind
 from minip2p.text import tokenize
@@ -19,7 +19,7 @@ from minip2p.weights.clip import load_tokenizer
 from minip2p.words import swap_word
 
 ACUTE = "\u0301"  # combining: "e" + ACUTE is é in two characters
-SITE = Site("up_blocks.1.attentions.0.transformer_blocks.0.attn2", "up", True, 16, 16)
+SITE = Layer("up_blocks.1.attentions.0.transformer_blocks.0.attn2", "up", True, 16, 16)
 
 
 @pytest.fixture(scope="module")
@@ -238,7 +238,7 @@ def test_a_map_is_as_strong_as_its_tokens(clip_tokenizer, word):
     store, prompt = AttentionStore(), tokenize(clip_tokenizer, "the dog!!!")
     store.begin([prompt], (16, 16))
     probs = torch.rand(1, 2, 256, 77, generator=torch.Generator().manual_seed(0))
-    store.at(0, 1)(probs, SITE)
+    store.at(0, 1, 0)(probs, SITE)
     token = 2 if word == "dog" else 3
     assert torch.equal(store.word(word).flatten(), probs.mean(dim=1)[0, :, token])
 
@@ -247,7 +247,7 @@ def test_a_kept_word_answers_to_each_of_its_spellings(clip_tokenizer):
     store = AttentionStore(words=["toy", "cat's"])
     store.begin([tokenize(clip_tokenizer, "a cat’s toy")], (16, 16))
     probs = torch.rand(1, 2, 256, 77, generator=torch.Generator().manual_seed(0))
-    store.at(0, 1)(probs, SITE)
+    store.at(0, 1, 0)(probs, SITE)
     for word in ("cat's", "cat’s", "CAT'S", "cat’s#1"):
         torch.testing.assert_close(
             store.word(word).flatten(), probs.mean(dim=1)[0, :, 2:6].sum(dim=1)

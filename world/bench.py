@@ -40,7 +40,8 @@ from tqdm import tqdm
 
 import minip2p
 from minip2p import AttentionStore, LocalBlend, Refine, Reweight, WordSwap, show, text
-from minip2p.settings import coarse_size, make_scheduler
+from minip2p.scheduler import make_scheduler
+from minip2p.vae import to_images
 
 from .detector import BY_NATURE, Detector, Seen, blurred, load, look_of, to_tensor
 from .scenes import CANVAS, COLORS, Drawn, Scene, adjectives, average, draw, sample
@@ -380,7 +381,7 @@ class Bench:
         """Pictures, encoded and decoded at the model's size."""
         pixels, vae = self.model.sample_size[0] * self.model.vae.f, self.model.vae
         parts = [to_tensor(some, pixels).to(self.model.device) for some in _batches(images, 8)]
-        return [image for x in parts for image in show.to_images(vae.decode(vae.encode(x)))]
+        return [image for x in parts for image in to_images(vae.decode(vae.encode(x)))]
 
     def page(self, file: Path) -> None:
         """48 captions in order, with seeds 0 to 47, as they come."""
@@ -526,7 +527,7 @@ class Bench:
                 draw(scene, self.model.sample_size[0] * self.model.vae.f) for scene in scenes
             ]
             store = self.look(scenes, [drawn.image for drawn in drawings])
-            sizes = {(site.height, site.width) for site in store.maps}
+            sizes = {(layer.height, layer.width) for layer in store.maps}
             calls = {f"t = {t}": call for call, t in enumerate(TIMESTEPS)}
             for i, (scene, drawn) in enumerate(zip(scenes, drawings, strict=True)):
                 row = [(drawn.image, scene.caption, [])]
@@ -561,12 +562,12 @@ class Bench:
         context = text.encode(model.text_encoder, tokens)
         nouns = sorted({noun for scene in scenes for noun in scene.nouns})
         store = AttentionStore(words=nouns, by_call=True)
-        coarse = coarse_size(*model.sample_size, model.unet.levels)
+        coarse = model.unet.coarse_size(*model.sample_size)
         store.begin(tokens, coarse, model.device)
         for call, t in enumerate(TIMESTEPS):
             alpha_bar = make_scheduler(model).alpha_bar[t]
             x = alpha_bar**0.5 * clean + (1 - alpha_bar) ** 0.5 * noise
-            model.unet(x.to(context.dtype), t, context, store.at(call, len(TIMESTEPS)))
+            model.unet(x.to(context.dtype), t, context, store.at(call, len(TIMESTEPS), 0))
         return store
 
 

@@ -35,8 +35,9 @@ from torch.nn import functional as F
 from tqdm import tqdm
 
 import minip2p
-from minip2p import LocalBlend, WordSwap, show
+from minip2p import LocalBlend, WordSwap
 from minip2p.invert import invert
+from minip2p.vae import to_images
 
 from .bench import STEPS, Bench, Facts, iou, written
 from .detector import covered, load
@@ -181,7 +182,7 @@ def ceilings(bench: Bench, pair: Pair, facts: Facts) -> None:
         pixels = minip2p.picture.read(drawn.image, drawn.image.size).tensor()
         with torch.inference_mode():
             latent = bench.model.vae.encode(pixels.to(bench.model.device))
-            image = show.to_images(bench.model.vae.decode(latent))[0]
+            image = to_images(bench.model.vae.decode(latent))[0]
         where = ~pair.changed
         facts[name]["background"].append(psnr(image, drawn.image, where))
         facts[name]["in the thing"].append(psnr(image, drawn.image, ~where))

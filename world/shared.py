@@ -10,9 +10,9 @@ from pathlib import Path
 from typing import Any
 
 import minip2p
-from minip2p.tools.cluster import cluster
-from minip2p.tools.results import Files, Row
-from minip2p.tools.worker import identity
+from minip2p.sweep.ray import cluster
+from minip2p.sweep.results import Files, Row
+from minip2p.sweep.worker import identity
 
 from .bench import ITEMS, Bench, Facts, Table, tell
 from .detector import load
@@ -29,7 +29,7 @@ class Share:
 
 
 class Judge:
-    """A model and the detector, in a process of its own: minip2p.tools.worker.Worker's like."""
+    """A model and the detector, in a process of its own: minip2p.sweep.worker.Worker's like."""
 
     def __init__(self, model: str, quick: bool, steps: int, folder: Path | None, beside: int = 0):
         self.bench = Bench(minip2p.load(model), load(), quick, steps, folder)

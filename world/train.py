@@ -33,11 +33,11 @@ from torch.nn import functional as F
 from tqdm import tqdm
 
 from minip2p import show
-from minip2p.attention import Edit, Site
+from minip2p.attention import Hook, Layer
 from minip2p.scheduler import alpha_bars
 from minip2p.text import tokenize
 from minip2p.unet import UNet
-from minip2p.vae import VAE
+from minip2p.vae import VAE, to_images
 from minip2p.weights.clip import load_tokenizer
 
 from . import scenes as world
@@ -482,24 +482,24 @@ def latents_of(vae: VAE, data: Data, device: torch.device) -> tuple[Tensor, Tens
 # ---- UNet and text encoder -----------------------------------------------------------------------
 
 
-class WordMaps(Edit):
+class WordMaps(Hook):
     """Keeps how the words look, with gradients: the hook that edits maps can also train them."""
 
     def __init__(self, columns: Tensor):
         self.columns = columns  # b 77 n: which tokens each word is
         self.maps: list[Tensor] = []  # b h w n, of every cross-attention layer of at least 8 x 8
 
-    def taught(self, site: Site) -> bool:
-        return site.is_cross and site.height >= LATENT // 2
+    def taught(self, layer: Layer) -> bool:
+        return layer.is_cross and layer.height >= LATENT // 2
 
-    def wants(self, site: Site) -> bool:
+    def applies_to(self, layer: Layer) -> bool:
         # In bfloat16 a CPU learns faster through maps that are written out than fused; a GPU not.
-        return self.taught(site) or self.columns.device.type == "cpu"
+        return self.taught(layer) or self.columns.device.type == "cpu"
 
-    def __call__(self, probs: Tensor, site: Site) -> Tensor:
-        if self.taught(site):
+    def __call__(self, probs: Tensor, layer: Layer) -> Tensor:
+        if self.taught(layer):
             maps = (probs.mean(dim=1) @ self.columns).float()  # else 1 - 1e-4 below would be 1
-            self.maps.append(maps.unflatten(1, (site.height, site.width)))
+            self.maps.append(maps.unflatten(1, (layer.height, layer.width)))
         return probs
 
     def loss(self, masks: Tensor, weight: Tensor) -> Tensor:
@@ -677,14 +677,14 @@ LOOK = (
 
 
 def save_grid(images: Tensor, columns: int, path: Path) -> None:
-    pictures = show.to_images(images)
+    pictures = to_images(images)
     show.grid([pictures[i : i + columns] for i in range(0, len(pictures), columns)]).save(path)
 
 
 def save_pictures(
     unet: UNet, vae: VAE, text_encoder: nn.Module, tokenizer: Any, device: torch.device, path: Path
 ) -> None:
-    from minip2p.sample import denoise
+    from minip2p.pipeline import denoise
     from minip2p.scheduler import DDIM
 
     def context(texts: list[str]) -> Tensor:

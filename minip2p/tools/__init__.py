@@ -1,1 +1,0 @@
-"""What is used, not read: pictures of results, tables, pages, the command line, faster CPUs."""

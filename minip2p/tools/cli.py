@@ -22,13 +22,15 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from ..sample import Result, generate
-from ..settings import SCHEDULERS, written
+from .. import fast, show
+from ..explain import explain
+from ..html.page import PageStore, page
+from ..pipeline import Result, generate
+from ..scheduler import SCHEDULERS
+from ..settings import written
 from ..weights import StableDiffusion, load
-from . import fast, files, given, repeat, show
+from . import files, given, repeat
 from .job import Job, fit_words, make_job
-from .page import PageStore, page
-from .table import explain
 
 VERSION = version("minip2p")
 Callback = Callable[[int, int, Tensor], None]

@@ -8,10 +8,10 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from ..check import check
-from ..invert import METHODS, Inversion, Replay, invert
+from ..errors import check
+from ..invert import METHODS, Inversion, ReplayDDIM, invert
 from ..picture import FITS, read
-from ..settings import make_scheduler
+from ..scheduler import make_scheduler
 from ..weights import StableDiffusion
 
 NEED_A_PICTURE = "fit", "method", "skip", "put_back"
@@ -112,4 +112,4 @@ def plan(model: StableDiffusion, args: argparse.Namespace) -> dict[str, Any]:
     if args.image is None:
         return {"num_inference_steps": args.steps, "scheduler": args.scheduler}
     steps = len(make_scheduler(model, args.steps, "ddim").timesteps)
-    return {"scheduler": Replay(steps, args.skip or 0, **model.schedule)}
+    return {"scheduler": ReplayDDIM(steps, args.skip or 0, **model.schedule)}

@@ -35,6 +35,15 @@ from .single_file import from_single_file
 EMOJI = Path(__file__).parents[1] / "models" / "emoji"
 
 
+# What generate() takes where neither its caller nor the model says anything.
+SD_DEFAULTS = {
+    "num_inference_steps": 50,
+    "guidance_scale": 7.5,
+    "cross_replace_steps": 0.8,
+    "self_replace_steps": 0.4,
+}
+
+
 @dataclass
 class StableDiffusion:
     """A model that is ready to run, and what its source says about running it."""
@@ -46,7 +55,10 @@ class StableDiffusion:
     scheduler: str  # "pndm" or "ddim": the model's own
     schedule: dict[str, Any]  # how it was trained: keyword arguments of DDIM and PNDM
     sample_size: tuple[int, int]  # height and width of the latents it was trained on
-    defaults: dict[str, Any]  # recommended arguments of generate(), from minip2p.json
+    defaults: dict[str, Any]  # arguments of generate(), from minip2p.json, completed by SD's
+
+    def __post_init__(self) -> None:
+        self.defaults = {**SD_DEFAULTS, "scheduler": self.scheduler, **self.defaults}
 
     @property
     def device(self) -> torch.device:

@@ -13,6 +13,8 @@ from typing import Any, NamedTuple, TypeVar
 import torch
 from torch import Tensor
 
+from ..errors import UserError
+
 T = TypeVar("T")
 
 FLOATS = ("F64", "F32", "F16", "BF16", "F8_E4M3", "F8_E5M2")
@@ -27,8 +29,8 @@ MAGIC = {  # first bytes of what is no safetensors file
 }
 
 
-class WeightsError(ValueError):
-    """What was named is no model that minip2p can load: one sentence says why, and what to do."""
+class WeightsError(UserError):
+    """There is no model that minip2p can load; one sentence says why, and what to do."""
 
 
 class Stored(NamedTuple):

@@ -9,7 +9,7 @@ import re
 import warnings
 from typing import Any
 
-from ..spacing import SPACINGS
+from ..scheduler import SPACINGS
 from .build import check_fields, number, other, whole
 from .files import Config
 

@@ -19,17 +19,16 @@ from concurrent.futures import Executor, ThreadPoolExecutor, wait
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from .. import fast
 from ..align import window
-from ..check import check, describe, is_number
+from ..errors import check, describe, is_number
+from ..html.page import PageStore, page
 from ..invert import Inversion, invert
-from ..sample import Result, generate
-from ..settings import choose
+from ..pipeline import Result, generate
+from ..tools.cli import Parser, fail, number, warn_unknown_words
+from ..tools.job import EXAMPLE
 from ..weights import StableDiffusion, load
 from ..words import swap_word
-from . import fast
-from .cli import Parser, fail, number, warn_unknown_words
-from .job import EXAMPLE
-from .page import PageStore, page
 from .wish import LIMITS, PROMPT, Wish, make_wish, rows
 
 HERE = Path(__file__).parent
@@ -158,7 +157,7 @@ def make_app(studio: Studio) -> Any:
     from starlette.middleware.trustedhost import TrustedHostMiddleware
 
     app = FastAPI()
-    # Another site's page can't ask by giving this address a name of its own.
+    # Another layer's page can't ask by giving this address a name of its own.
     app.add_middleware(TrustedHostMiddleware, allowed_hosts=["127.0.0.1", "localhost"])
     css, js = (HERE.joinpath(f"studio.{kind}").read_text("utf-8") for kind in ("css", "js"))
     return gr.mount_gradio_app(
@@ -206,7 +205,7 @@ def make_widgets(gr: Any, studio: Studio) -> tuple[dict[str, Any], list[Any]]:
     """What an answer changes, by name, and what it is asked with, in order."""
     source, target = EXAMPLE[0], swap_word(EXAMPLE[0], *EXAMPLE[1].split("="))
     said = first_said(studio.model, source, target)
-    scale = choose(studio.model, "guidance_scale", None, 7.5)
+    scale = studio.model.defaults["guidance_scale"]
 
     def html(name: str, value: Any) -> Any:  # studio.js fills it
         call = f"studio{name.title()}(element, props, trigger, watch)"
@@ -253,8 +252,8 @@ def first_said(model: StableDiffusion, source: str, target: str) -> dict[str, An
     """What studio.js keeps of the words, before anything is changed."""
     return {
         "rows": rows(model, source, target),
-        "all": window(choose(model, "cross_replace_steps", None, 0.8)),
-        "layout": window(choose(model, "self_replace_steps", None, 0.4)),
+        "all": window(model.defaults["cross_replace_steps"]),
+        "layout": window(model.defaults["self_replace_steps"]),
         **{name: {} for name in ("windows", "weights", "blend")},
     }
 

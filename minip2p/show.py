@@ -15,10 +15,9 @@ from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 from torch.nn import functional as F
 
-from ..picture import to_images as to_images  # it is asked for here
-from ..store import AttentionStore
-from ..vae import VAE
-from ..weights import StableDiffusion
+from .store import AttentionStore
+from .vae import VAE, to_images
+from .weights import StableDiffusion
 
 CELL = 256  # a picture's height in a row, in pixels; smaller ones are enlarged to it
 FONT_SIZE = 15
@@ -149,7 +148,7 @@ def map_over_calls(
     return row([image, *maps], [word, *(f"call {call}" for call in calls)])
 
 
-@torch.inference_mode()
+@torch.no_grad()
 def preview(model: StableDiffusion, latents: Tensor) -> list[Image.Image]:
     """What pictures will become, in no time: a linear map from latents to colours, a pixel each.
 

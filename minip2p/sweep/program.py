@@ -17,13 +17,13 @@ from dataclasses import replace
 from datetime import timedelta
 from pathlib import Path
 
+from .. import fast
+from ..html.report import write_report
 from ..progress import tqdm
-from ..settings import make_scheduler
-from . import fast
-from .cli import Parser, fail, number
-from .cluster import Work, cluster
-from .files import check_out
-from .report import write_report
+from ..scheduler import make_scheduler
+from ..tools.cli import Parser, fail, number
+from ..tools.files import check_out
+from .ray import Work, cluster
 from .results import Table, only_one
 from .study import Mistakes, Settings, Study, identify, read, settle, source_of
 from .worker import Job, Worker

@@ -14,7 +14,7 @@ from PIL import Image
 from torch import Tensor
 from torch.nn import functional as F
 
-from ..attention import Edit
+from ..attention import Hook
 from ..store import AttentionStore
 
 THRESHOLD = 0.3  # of a map's maximum, above which words look there: LocalBlend's
@@ -30,11 +30,11 @@ class Looks(AttentionStore):
     From every second UNet call: where words look changes slowly, and reading maps takes time.
     """
 
-    def at(self, call: int, calls: int) -> Edit | None:
-        return None if call % 2 else super().at(call, calls)
+    def at(self, call: int, calls: int, timestep: int) -> Hook | None:
+        return None if call % 2 else super().at(call, calls, timestep)
 
-    def wants(self, site: Any) -> bool:
-        return site.is_cross and (site.height, site.width) == self.size
+    def applies_to(self, layer: Any) -> bool:
+        return layer.is_cross and (layer.height, layer.width) == self.size
 
 
 def measure(

@@ -17,9 +17,9 @@ from typing import Any
 from PIL import Image
 
 from ..align import DEFAULT
-from ..check import check
-from .results import Row, put, read_rows
-from .study import ONE
+from ..errors import check
+from ..sweep.results import Row, put, read_rows
+from ..sweep.study import ONE
 
 TEMPLATE = Path(__file__).with_name("report.html")
 THUMBNAIL = 160  # pixels of a picture's longer side, at most

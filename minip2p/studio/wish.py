@@ -11,8 +11,8 @@ from typing import Any
 
 from ..align import DEFAULT, window
 from ..blend import LocalBlend
-from ..check import check, describe, is_number
 from ..edit import PromptEdit, Reweight
+from ..errors import check, describe, is_number
 from ..text import tokenize
 from ..weights import StableDiffusion
 
@@ -65,7 +65,7 @@ class Wish:
             source = f"source = minip2p.invert(model, {asked}, {steps})\n"
             settings += "    source=source,\n"
         return (
-            "import minip2p\nfrom minip2p.tools.page import PageStore\n\n"
+            "import minip2p\nfrom minip2p.html.page import PageStore\n\n"
             f"model = minip2p.load({given})\n{source}result = minip2p.generate(\n    model,\n"
             f'{settings}    store=PageStore(),\n)\nresult.images[-1].save("edit.png")\n'
         )

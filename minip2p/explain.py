@@ -8,14 +8,13 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import NamedTuple
 
-from ..align import Prompt, bounds, calls_of
-from ..attention import Edit
-from ..check import describe
-from ..edit import Edits, PromptToPrompt
-from ..scheduler import DDIM
-from ..settings import bind_to, latent_size, list_of, make_scheduler
-from ..store import Chain
-from ..weights import StableDiffusion
+from .align import Prompt, bounds, calls_of
+from .edit import Edits, PromptToPrompt
+from .errors import UserError
+from .pipeline import bind_edit
+from .scheduler import Scheduler, make_scheduler
+from .settings import latent_size, list_of
+from .weights import StableDiffusion
 
 
 class Line(NamedTuple):
@@ -24,12 +23,6 @@ class Line(NamedTuple):
     calls: range | None  # of the UNet; None: it takes over nothing
     weight: float = 1.0
     token: int | None = None  # its position
-
-
-def prompt_to_prompt(edit: Edit | None) -> PromptToPrompt | None:
-    """The edits of prompts in what a run was given, alone or in a Chain; None if there are none."""
-    parts = edit.edits if isinstance(edit, Chain) else [edit]
-    return next((part for part in parts if isinstance(part, PromptToPrompt)), None)
 
 
 def lines(edit: PromptToPrompt, r: int, calls: int) -> list[Line]:
@@ -50,7 +43,7 @@ def lines(edit: PromptToPrompt, r: int, calls: int) -> list[Line]:
         whose = " + ".join(names) or "(nothing: new)"
         found.append(Line(name(target, j), whose, when, edit.weights[r, j].item(), j))
     h, w = edit.coarse
-    when = range(*bounds(edit.layout_windows[r], calls).tolist())
+    when = range(*bounds(edit.self_windows[r], calls).tolist())
     found.append(Line("layout", f"(self-attention up to {h} x {w})", when))
     for blend in edit.blends:
         if blend.r == r:
@@ -101,16 +94,13 @@ def explain(
     edit: Edits = "auto",
     *,
     num_inference_steps: int | None = None,
-    scheduler: str | DDIM | None = None,
+    scheduler: str | Scheduler | None = None,
     height: int | None = None,
     width: int | None = None,
 ) -> str:
     """What an edit will do, as a table: which tokens take over whose attention, and when."""
     size = latent_size(model, height, width, None)
-    _, bound = bind_to(model, list_of(prompts), edit, size)
-    found = prompt_to_prompt(bound)
-    if found is None:
-        raise ValueError(
-            f"Only Prompt-to-Prompt's own edits can be explained, not {describe(edit)}."
-        )
-    return text(found, len(make_scheduler(model, num_inference_steps, scheduler).timesteps))
+    _, hook = bind_edit(model, list_of(prompts), edit, size)
+    if hook is None:
+        raise UserError("There is no edit to explain: give a WordSwap, Refine or Reweight.")
+    return text(hook, len(make_scheduler(model, num_inference_steps, scheduler).timesteps))

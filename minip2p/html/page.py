@@ -21,13 +21,13 @@ from PIL import Image
 from torch import Tensor
 
 from ..align import LENGTH, Alignment, Prompt, bounds
-from ..attention import Edit, Site
+from ..attention import Hook, Layer
 from ..edit import PromptEdit
-from ..sample import Result
+from ..explain import Line, lines, said
+from ..pipeline import Result
+from ..show import COLOURS
 from ..store import AttentionStore
 from ..words import bare
-from .show import COLOURS
-from .table import Line, lines, prompt_to_prompt, said
 
 TEMPLATE = Path(__file__).with_name("page.html")
 MAP_BYTES = 2**21  # of all maps; beyond, not every UNet call is on the page
@@ -40,11 +40,11 @@ class PageStore(AttentionStore):
     def __init__(self) -> None:
         super().__init__(by_call=True)
 
-    def wants(self, site: Site) -> bool:
-        return site.is_cross and (site.height, site.width) == self.size
+    def applies_to(self, layer: Layer) -> bool:
+        return layer.is_cross and (layer.height, layer.width) == self.size
 
 
-def page(result: Result, edit: Edit | None = None, names: Sequence[str] = ()) -> str:
+def page(result: Result, edit: Hook | None = None, names: Sequence[str] = ()) -> str:
     """The text of an HTML file with the pictures, where they look, and what was swapped when.
 
     result: of a run with store=PageStore(). edit: as it was bound to the prompts.
@@ -136,10 +136,10 @@ def _pack(maps: Tensor) -> dict[str, Any]:
 
 
 def _link(
-    word: _Word, r: int, source: Sequence[_Word], store: AttentionStore, edit: Edit | None
+    word: _Word, r: int, source: Sequence[_Word], store: AttentionStore, edit: Hook | None
 ) -> dict[str, Any]:
     """Which of the source's words a word of prompt r belongs to, and when it takes their map."""
-    control = prompt_to_prompt(edit)
+    control = edit
     if control is None or not control.exists[r].any():
         # Without control, words still belong together: as "auto" would align them.
         alignment = PromptEdit().align(store.prompts[0], store.prompts[r])
@@ -218,10 +218,10 @@ def _data_uri(image: Image.Image) -> str:
 
 
 def _tables(
-    edit: Edit | None, names: Sequence[str], words: Sequence[Sequence[_Word]], calls: int
+    edit: Hook | None, names: Sequence[str], words: Sequence[Sequence[_Word]], calls: int
 ) -> str:
     """For each edited prompt, what table.lines says."""
-    control = prompt_to_prompt(edit)
+    control = edit
     if control is None:
         return ""
     tables = []
@@ -269,7 +269,9 @@ def _bar(when: range | None, calls: int) -> str:
 
 def _about(store: AttentionStore, shown: range) -> str:
     """What the maps of the page are, in one or two sentences."""
-    layers = sum(site.is_cross and (site.height, site.width) == store.size for site in store.maps)
+    layers = sum(
+        layer.is_cross and (layer.height, layer.width) == store.size for layer in store.maps
+    )
     edited = "before the edit changed them" if store.before_edit else "as the edit left them"
     text = (
         f"Maps are cross-attention of {store.size[0]} × {store.size[1]}, the mean over "

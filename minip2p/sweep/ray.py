@@ -14,8 +14,8 @@ from typing import Any
 
 import torch
 
-from ..check import check
-from . import fast
+from .. import fast
+from ..errors import check
 from .results import Files, Row
 from .study import Settings
 

@@ -24,7 +24,7 @@ from torch import Tensor, nn
 
 from .. import text
 from ..invert import Inversion, invert
-from ..sample import generate
+from ..pipeline import generate
 from ..weights import StableDiffusion, load
 from .measure import Looks, Words, measure
 from .results import Files, Row

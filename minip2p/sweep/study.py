@@ -26,12 +26,12 @@ from typing import Any
 
 from ..align import DEFAULT, Prompt, check_words, window
 from ..blend import LocalBlend
-from ..check import check, describe, is_number, is_whole
 from ..edit import PromptEdit, Refine, Reweight, WordSwap
+from ..errors import check, describe, is_number, is_whole
 from ..invert import METHODS
-from ..settings import SCHEDULERS
+from ..scheduler import SCHEDULERS
+from ..tools.job import pair
 from ..words import bare, swap_word
-from .job import pair
 
 EDITS = {"auto": PromptEdit, "swap": WordSwap, "refine": Refine, "none": None}
 DTYPES = "float32", "float16", "bfloat16"

@@ -1,0 +1,1 @@
+"""The studio: the settings of an edit as widgets in a browser."""

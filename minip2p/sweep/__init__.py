@@ -1,0 +1,1 @@
+"""Sweeps: every run of a study, on one machine or on a Ray cluster."""
