@@ -18,8 +18,9 @@ from torch import Tensor
 
 import minip2p
 from minip2p import LocalBlend, Refine, Reweight, WordSwap
-from minip2p.attention import Attention, Chain, LinearEdit, PromptRows, SourceMaps
+from minip2p.attention import Attention, Chain, PromptRows
 from minip2p.edit import bind
+from minip2p.linear_edit import LinearEdit, SourceMaps
 from minip2p.text import encode, tokenize
 from minip2p.weights.clip import load_tokenizer
 
