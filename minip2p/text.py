@@ -38,7 +38,15 @@ def tokenize(tokenizer: Any, text: str) -> Prompt:
 
 
 def encode(text_encoder: nn.Module, prompts: Sequence[Prompt]) -> Tensor:
-    """The context of every prompt: b 77 d. No mask: SD 1.x was trained to see the padding."""
+    """Return the context of every prompt: b 77 d. No mask: SD 1.x was trained to see the padding.
+
+    Each distinct prompt is encoded once and alone, so that its context does not depend on the
+    prompts beside it: a matrix product of another batch size rounds differently.
+    """
     device = next(text_encoder.parameters()).device
-    ids = torch.tensor([prompt.ids for prompt in prompts], device=device)
-    return text_encoder(input_ids=ids).last_hidden_state
+    contexts: dict[tuple[int, ...], Tensor] = {}
+    for prompt in prompts:
+        if prompt.ids not in contexts:
+            ids = torch.tensor([prompt.ids], device=device)
+            contexts[prompt.ids] = text_encoder(input_ids=ids).last_hidden_state
+    return torch.cat([contexts[prompt.ids] for prompt in prompts])

@@ -424,18 +424,24 @@ def test_together_or_alone_makes_no_difference(folder: Path, emoji: minip2p.Stab
     assert (np.array(result.images[1]) == np.array(Image.open(f"alone/{row['id']}.png"))).all()
 
 
-def test_runs_of_one_source_are_one_call(folder: Path, monkeypatch: pytest.MonkeyPatch):
-    """And every text is encoded once: two edited prompts, one source, one blank."""
-    calls, texts = [], []
-    generate, one = worker.generate, worker.Remembering.one
+def test_runs_of_one_source_are_one_call(
+    folder: Path, emoji: minip2p.StableDiffusion, monkeypatch: pytest.MonkeyPatch
+):
+    """In each call every distinct text is encoded once: source, two edited prompts, blank."""
+    calls, encoded = [], []
+    generate, encoder = worker.generate, emoji.text_encoder
     monkeypatch.setattr(
         worker, "generate", lambda m, p, **k: calls.append(p) or generate(m, p, **k)
     )
-    monkeypatch.setattr(
-        worker.Remembering, "one", lambda self, *ids: texts.append(ids) or one(self, *ids)
+    handle = encoder.register_forward_pre_hook(
+        lambda _, args, kwargs: encoded.append(kwargs["input_ids"].shape), with_kwargs=True
     )
-    sweep.main(["study.toml"])
-    assert [len(prompts) for prompts in calls] == [5, 5] and len(texts) == len(set(texts)) == 4
+    try:
+        sweep.main(["study.toml"])
+    finally:
+        handle.remove()
+    assert [len(prompts) for prompts in calls] == [5, 5]
+    assert encoded == [(1, 77)] * 8
 
 
 def test_a_given_picture_is_inverted_once_and_edited(

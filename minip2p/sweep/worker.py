@@ -9,18 +9,17 @@ import os
 import socket
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import lru_cache
 from importlib.metadata import version
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 import torch
 from PIL import Image
 from PIL.PngImagePlugin import PngInfo
-from torch import Tensor, nn
+from torch import Tensor
 
 from .. import text
 from ..invert import Inversion, invert
@@ -44,23 +43,6 @@ class Job:
     row: Row  # what the table has of it beforehand
 
 
-class Remembering(nn.Module):
-    """A text encoder that encodes every text once, alone: the same in whatever batch."""
-
-    def __init__(self, encoder: nn.Module):
-        super().__init__()
-        self.encoder = encoder
-        self.once = lru_cache(256)(self.one)
-
-    def one(self, *ids: int) -> Tensor:
-        device = next(self.encoder.parameters()).device
-        return self.encoder(input_ids=torch.tensor([ids], device=device)).last_hidden_state
-
-    def forward(self, input_ids: Tensor) -> Any:
-        rows = [self.once(*ids) for ids in input_ids.tolist()]
-        return SimpleNamespace(last_hidden_state=torch.cat(rows))
-
-
 class Worker:
     """A model, and what is made with it."""
 
@@ -69,9 +51,8 @@ class Worker:
     ):
         """about: Study.about. latents: keep them, too. beside: workers that share its memory."""
         dtype = getattr(torch, about["dtype"])
-        model = load(about["model"], tokenizer=about["tokenizer"], device=device, dtype=dtype)
+        self.model = load(about["model"], tokenizer=about["tokenizer"], device=device, dtype=dtype)
         self.about, self.latents, self.beside = about, latents, beside
-        self.model = replace(model, text_encoder=Remembering(model.text_encoder))
         self.once = lru_cache(4)(self.invert)  # an image's runs come one after the other
 
     def tell(self) -> Settings:
@@ -164,7 +145,10 @@ def identity(model: StableDiffusion) -> str:
     digest = hashlib.sha256()
     for part in (model.text_encoder, model.unet, model.vae):
         for name, tensor in part.state_dict().items():
-            name = name.removeprefix("encoder.").removeprefix("text_model.")  # transformers < 5.6
+            # Ids of studies made before stay: transformers before 5.6 had text_model., and these
+            # names once stood without the VAE's encoder.
+            prefix = "text_model." if part is model.text_encoder else "encoder."
+            name = name.removeprefix(prefix)
             digest.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}".encode())
             digest.update(tensor.cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes())
     others = [sorted(model.tokenizer.get_vocab().items()), sorted(model.schedule.items())]
