@@ -167,7 +167,7 @@ def test_what_is_looked_up_is_left_to_adamw():
 
 def test_a_trained_folder_loads_here_and_in_diffusers(folder):
     model = minip2p.load(folder)
-    assert model.defaults["words"] == SMALL.words
+    assert model.vocabulary == tuple(SMALL.words)
     pipeline = diffusers.StableDiffusionPipeline.from_pretrained(folder)
     pipeline.set_progress_bar_config(disable=True)
     pipeline.scheduler = diffusers.DDIMScheduler.from_config(pipeline.scheduler.config)

@@ -3,6 +3,7 @@
 Most files here are sparse: a header, and the zeros it promises, which take no room on the disk.
 """
 
+import copy
 import functools
 import json
 import random
@@ -14,6 +15,7 @@ import time
 import warnings
 from collections import Counter
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -37,7 +39,7 @@ from models import (
 )
 from safetensors.torch import load_file, save_file
 
-from minip2p import generate, weights
+from minip2p import generate, scheduler, weights
 from minip2p.text import encode, tokenize
 from minip2p.unet import UNet
 from minip2p.vae import VAE
@@ -351,6 +353,7 @@ def test_an_unpadded_header_is_no_harm(layouts, tmp_path):
 def test_the_bundled_model_is_the_default():
     model = load(device="cpu")
     assert (model.scheduler, model.sample_size) == ("pndm", (16, 16))
+    assert len(model.vocabulary) == 42 and "words" not in model.defaults
     assert model.vae.f == 8 and model.defaults["scheduler"] == "ddim"
     assert model.schedule == {
         "num_train_timesteps": 1000,
@@ -361,10 +364,26 @@ def test_the_bundled_model_is_the_default():
     }
 
 
+def test_identity_is_that_of_studies_made_before_and_follows_every_change():
+    model = load(device="cpu")
+    assert model.identity() == "5becb96fc4059aff"
+    noise_levels = scheduler.alpha_bars(1000, 0.00085, 0.012)
+    assert torch.equal(model.alpha_bars(), noise_levels)
+    changed = copy.deepcopy(model)
+    assert changed.identity() == model.identity()
+    with torch.no_grad():
+        changed.unet.conv_in.weight[0] += 1
+    longer = replace(model, schedule=model.schedule | {"beta_end": 0.02})
+    assert not torch.equal(longer.alpha_bars(), noise_levels)
+    models = model, changed, longer, load(device="cpu", dtype=torch.float16)
+    assert len({each.identity() for each in models}) == 4
+    assert replace(model, unet=changed.unet).identity() == changed.identity()
+
+
 def test_what_the_folder_says_is_kept(layouts, tmp_path):
     folder = Path(shutil.copytree(layouts["diffusers"], tmp_path / "edited"))
-    scheduler = folder / "scheduler" / "scheduler_config.json"
-    edit_json(scheduler, _class_name="DDIMScheduler", set_alpha_to_one=True, steps_offset=0)
+    config = folder / "scheduler" / "scheduler_config.json"
+    edit_json(config, _class_name="DDIMScheduler", set_alpha_to_one=True, steps_offset=0)
     edit_json(folder / "unet" / "config.json", sample_size=[8, 12], attention_head_dim=[8] * 4)
     edit_json(folder / "vae" / "config.json", scaling_factor=0.5)
     edit_json(folder / "minip2p.json", guidance_scale=4.0)
@@ -372,13 +391,13 @@ def test_what_the_folder_says_is_kept(layouts, tmp_path):
     assert model.scheduler == "ddim" and model.schedule["set_alpha_to_one"] is True
     assert model.schedule["steps_offset"] == 1  # as diffusers' pipeline corrects it
     assert model.sample_size == (8, 12) and model.vae.scaling_factor == 0.5
-    assert model.defaults == {"guidance_scale": 4.0}
-    edit_json(scheduler, _class_name="EulerDiscreteScheduler", beta_end=...)
+    assert model.defaults["guidance_scale"] == 4.0
+    edit_json(config, _class_name="EulerDiscreteScheduler", beta_end=...)
     assert (
         load_on_cpu(folder).scheduler == "ddim"
         and load_on_cpu(folder).schedule["beta_end"] == 0.012
     )
-    scheduler.unlink()
+    config.unlink()
     assert load_on_cpu(folder).scheduler == "pndm"
 
 

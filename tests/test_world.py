@@ -331,7 +331,7 @@ def test_the_page_shows_seeds_in_order_as_they_come(tmp_path, monkeypatch):
     judged.page(tmp_path / "page.jpg")
     captions, seeds = zip(*asked, strict=True)
     assert seeds == tuple(range(48)) and len(set(captions)) > 40
-    assert all(set(caption.split()) <= set(model.defaults["words"]) for caption in captions)
+    assert all(set(caption.split()) <= set(model.vocabulary) for caption in captions)
     assert (tmp_path / "page.jpg").exists()
 
 

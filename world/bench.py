@@ -240,7 +240,7 @@ class Bench:
         self.model, self.detector, self.quick, self.steps = model, detector, quick, steps
         self.folder = folder
         self.shard = (0, 1)  # of the items: every n-th from the i-th, for work that is shared out
-        self.words = set(model.defaults.get("words", detector.world.words))
+        self.words = set(model.vocabulary or detector.world.words)
         if not self.words & set(detector.world.nouns):
             raise ValueError(f"The model knows nothing of the world {detector.world.name!r}.")
 
@@ -628,8 +628,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
     model = minip2p.load(given.model)
     detector = load()
-    windows = {name: value for name, value in model.defaults.items() if name != "words"}
-    print(f"{given.model}: {given.steps} steps; the model recommends {windows}")
+    print(f"{given.model}: {given.steps} steps; the model recommends {model.defaults}")
     bench = Bench(model, detector, given.quick, given.steps, given.pictures)
     if "page" in given.parts:
         folder = given.pictures or Path(".")

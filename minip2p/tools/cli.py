@@ -142,7 +142,7 @@ def number(kind: type[int] | type[float], low: int, high: int) -> Callable[[str]
 
 def warn_unknown_words(model: StableDiffusion, prompts: Sequence[str]) -> None:
     """A model of a small world says which words it has never seen."""
-    known = model.defaults.get("words")
+    known = model.vocabulary
     if known:
         said = re.findall(r"[^\W\d_]+", " ".join(prompts).lower())
         unknown = [word for word in dict.fromkeys(said) if word not in known]

@@ -16,57 +16,19 @@ from __future__ import annotations
 
 import os
 import re
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
-from torch import nn
 
-from ..unet import UNet
-from ..vae import VAE
 from . import build, clip, schedule
 from .files import WeightsError as WeightsError
 from .files import read
 from .folder import from_folder
 from .hub import clip_tokenizer, from_hub
+from .model import StableDiffusion as StableDiffusion
 from .single_file import from_single_file
 
 EMOJI = Path(__file__).parents[1] / "models" / "emoji"
-
-
-# What generate() takes where neither its caller nor the model says anything.
-SD_DEFAULTS = {
-    "num_inference_steps": 50,
-    "guidance_scale": 7.5,
-    "cross_replace_steps": 0.8,
-    "self_replace_steps": 0.4,
-}
-
-
-@dataclass
-class StableDiffusion:
-    """A model that is ready to run, and what its source says about running it."""
-
-    tokenizer: Any
-    text_encoder: nn.Module
-    unet: UNet
-    vae: VAE
-    scheduler: str  # "pndm" or "ddim": the model's own
-    schedule: dict[str, Any]  # how it was trained: keyword arguments of DDIM and PNDM
-    sample_size: tuple[int, int]  # height and width of the latents it was trained on
-    defaults: dict[str, Any]  # arguments of generate(), from minip2p.json, completed by SD's
-
-    def __post_init__(self) -> None:
-        self.defaults = {**SD_DEFAULTS, "scheduler": self.scheduler, **self.defaults}
-
-    @property
-    def device(self) -> torch.device:
-        return self.unet.conv_in.weight.device
-
-    @property
-    def dtype(self) -> torch.dtype:
-        return self.unet.conv_in.weight.dtype
 
 
 def find(source: str, half: bool, ema: bool | None) -> Path:
@@ -140,7 +102,9 @@ def load(
     clip.check_vocabulary(words, folder, configs["text_encoder"])
     text_weights = read(tensors["text_encoder"], dtype, device)
     text_encoder = clip.load_text_encoder(configs["text_encoder"], text_weights)
+    defaults = dict(configs["defaults"])
     return StableDiffusion(
+        vocabulary=tuple(defaults.pop("words", ())),
         tokenizer=words,
         text_encoder=text_encoder.to(device),
         unet=build.fill(unet, read(tensors["unet"], dtype, device)),
@@ -148,5 +112,5 @@ def load(
         scheduler=schedule.sampler(configs["scheduler"]),
         schedule=noise_levels,
         sample_size=(latents[0], latents[-1]),
-        defaults=dict(configs["defaults"]),
+        defaults=defaults,
     )
