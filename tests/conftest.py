@@ -1,4 +1,7 @@
-"""What all tests share: a quiet, offline, repeatable environment and the genuine CLIP tokenizer."""
+"""Fixtures that all tests share, and which tests are run and may be skipped.
+
+Everything is offline, deterministic and on one thread; the models are loaded once a session.
+"""
 
 import gzip
 import hashlib
@@ -11,27 +14,131 @@ import tempfile
 import zipfile
 from pathlib import Path
 
-# Read once, when torch or the hub client is imported: so they stand before those imports.
+# torch and the hub client read these when they are imported, so they stand before the imports.
 os.environ["HF_HUB_OFFLINE"] = "1"
-os.environ.setdefault("OMP_NUM_THREADS", "2")  # sums do not depend on the machine's core count
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # the workers of pytest-xdist share the cores
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # do not spin on cores shared with others
 os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # the same sums on every CUDA run
 
+import hypothesis
 import pytest
 import torch
+from helpers import save_toy
+
+import minip2p
 
 # TF32 keeps 10 bits of the mantissa, too few for parity in float32. cuDNN has it on by default.
 torch.backends.cudnn.allow_tf32 = False
 torch.backends.cuda.matmul.allow_tf32 = False
 torch.backends.cudnn.deterministic = True
 
+# The same examples in every run, and none is too slow for a busy machine.
+hypothesis.settings.register_profile(
+    "repeatable", derandomize=True, deadline=None, database=None, max_examples=100
+)
+hypothesis.settings.load_profile("repeatable")
 
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+
+# --- which tests run ------------------------------------------------------------------------------
+
+NO_GPU = "needs a CUDA device"
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption(
+        "--rest",
+        action="store_true",
+        help="run the tests that the last run left out: the slow ones and those that it skipped. "
+        "A skip is an error then, unless the test needs a CUDA device",
+    )
+
+
+def pytest_xdist_auto_num_workers(config: pytest.Config) -> int:
+    """Return how many workers `-n auto` means: a core each, at most eight, one for a single file.
+
+    Tests of one file stay in one worker (`--dist loadfile`), so a single file needs no workers.
+    """
+    files = {argument.split("::")[0] for argument in config.args}
+    if all(file.endswith(".py") for file in files) and len(files) == 1:
+        return 0
+    return min(len(os.sched_getaffinity(0)) if sys.platform == "linux" else os.cpu_count() or 1, 8)
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     if not torch.cuda.is_available():
         for item in items:
             if item.get_closest_marker("gpu"):
-                item.add_marker(pytest.mark.skip(reason="needs a CUDA device"))
+                item.add_marker(pytest.mark.skip(reason=NO_GPU))
+    if config.getoption("rest"):
+        skipped = tuple(config.cache.get("minip2p/skipped", []))  # tests, and files as a whole
+        rest = [
+            item
+            for item in items
+            if item.get_closest_marker("slow") or item.nodeid.startswith(skipped)
+        ]
+        config.hook.pytest_deselected(items=[item for item in items if item not in rest])
+        items[:] = rest
 
+
+class Skips:
+    """Remember the skipped tests for `--rest`, list them, and fail that run because of them."""
+
+    def __init__(self, config: pytest.Config):
+        self.config = config
+        self.reasons: dict[str, str] = {}  # of each test, or of a file that is skipped as a whole
+
+    def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
+        self.add(report)
+
+    def pytest_collectreport(self, report: pytest.CollectReport) -> None:
+        self.add(report)
+
+    def add(self, report: pytest.TestReport | pytest.CollectReport) -> None:
+        if report.skipped and isinstance(report.longrepr, tuple):  # an xfail has none
+            self.reasons[report.nodeid] = report.longrepr[2].removeprefix("Skipped: ")
+
+    def errors(self) -> list[str]:
+        strict = self.config.getoption("rest")
+        return [test for test, reason in self.reasons.items() if strict and reason != NO_GPU]
+
+    def pytest_sessionfinish(self, session: pytest.Session) -> None:
+        skipped = [test for test, reason in self.reasons.items() if reason != NO_GPU]
+        self.config.cache.set("minip2p/skipped", skipped)
+        if self.errors() and session.exitstatus in (0, pytest.ExitCode.NO_TESTS_COLLECTED):
+            session.exitstatus = pytest.ExitCode.TESTS_FAILED
+
+    def pytest_terminal_summary(self, terminalreporter: pytest.TerminalReporter) -> None:
+        for test in self.errors():
+            terminalreporter.write_line(f"ERROR {test} was skipped: {self.reasons[test]}", red=True)
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    if not hasattr(config, "workerinput"):  # the workers report to the process that started them
+        config.pluginmanager.register(Skips(config))
+
+
+# --- models ---------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="session")
+def model() -> minip2p.StableDiffusion:
+    """Load the bundled model. A test that changes it takes a copy."""
+    return minip2p.load(device="cpu")
+
+
+@pytest.fixture(scope="session")
+def toy_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Save a narrow model with random weights, for tests that only need a run to end."""
+    return save_toy(tmp_path_factory.mktemp("models") / "toy")
+
+
+@pytest.fixture(scope="session")
+def toy(toy_folder: Path) -> minip2p.StableDiffusion:
+    """Load the narrow model: the bundled one's tokenizer and sizes, and pictures of nonsense."""
+    return minip2p.load(toy_folder, device="cpu")
+
+
+# --- the genuine tokenizer ------------------------------------------------------------------------
 
 # The genuine vocabulary of 49,408 tokens comes from the wheel of open_clip_torch (MIT), which has
 # OpenAI's list of merges in it. The four files made of it are, byte for byte, those of the Stable
@@ -52,9 +159,9 @@ START, END = "<|startoftext|>", "<|endoftext|>"
 
 def check(name: str, content: bytes) -> bytes:
     """Return `content` unchanged. Raises ValueError if it is not the file we know by that name."""
-    found = hashlib.sha256(content).hexdigest()
-    if found != SHA256[name]:
-        raise ValueError(f"{name} of {CLIP_WHEEL}: sha256 {found}, expected {SHA256[name]}")
+    sha256 = hashlib.sha256(content).hexdigest()
+    if sha256 != SHA256[name]:
+        raise ValueError(f"{name} of {CLIP_WHEEL}: sha256 {sha256}, expected {SHA256[name]}")
     return content
 
 
