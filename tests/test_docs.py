@@ -200,28 +200,6 @@ def test_pictures_are_small_and_shown():
     assert sum(path.stat().st_size for path in pictures) < 1_500_000
 
 
-CORE = ("scheduler", "attention", "unet", "align", "edit", "blend", "sample", "vae", "text")
-
-
-def test_file_table():
-    """README's table names every file of the package, with its number of lines within 10 %."""
-    row = re.compile(r"^\| *\[?`?(?:minip2p/)?([\w/]+\.py)`?(?:\]\([^)]*\))? *\| *(\d+) *\|", re.M)
-    said = {file: int(lines) for file, lines in row.findall(PAGES[0].read_text("utf-8"))}
-    named = {path.relative_to(ROOT / "minip2p").as_posix(): path for path in PACKAGE}
-    real = {file: len(path.read_text("utf-8").splitlines()) for file, path in named.items()}
-    for unread in ("__init__.py", "__main__.py", "tools/__init__.py"):
-        assert real.pop(unread) < 60
-    assert said.keys() == real.keys()
-    wrong = {file: (said[file], n) for file, n in real.items() if abs(said[file] - n) > 0.1 * n}
-    assert not wrong, "file: (said, is)"
-
-
-def test_the_core_is_small():
-    """What is read in one sitting."""
-    lines = [len((ROOT / "minip2p" / f"{name}.py").read_text().splitlines()) for name in CORE]
-    assert sum(lines) <= 1700, dict(zip(CORE, lines, strict=True))
-
-
 def notebook_cells(kind: str) -> list[dict]:
     cells = json.loads(NOTEBOOK.read_text("utf-8"))["cells"]
     return [cell for cell in cells if cell["cell_type"] == kind]
