@@ -16,6 +16,7 @@ Shapes:  n UNet calls · h w height and width of the latents · H W of the pictu
 
 from __future__ import annotations
 
+import itertools
 import os
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -156,6 +157,7 @@ def invert(
     height: int | None = None,
     width: int | None = None,
     fit: str = "crop",
+    callback: Callable[[int, int, Tensor], object] | None = None,
     progress: bool = False,
 ) -> Inversion:
     """Find the way from noise to a picture that `prompt` describes.
@@ -170,6 +172,7 @@ def invert(
     refinements: how often a step of DDIM is repeated, with the noise predicted of its own result
     (Pan et al. 2023). Nothing but "ddim" needs it.
     seed: of the noises that "edit-friendly" draws.
+    callback: gets call (from 0), calls, and the latents, 1 4 h w, after each UNet call.
     Raises ValueError for a picture or a setting that does not fit.
     """
     scheduler = make_scheduler(model, num_inference_steps, "ddim")
@@ -194,8 +197,16 @@ def invert(
 
     clean = model.vae.encode(given.tensor().to(model.device))  # 1 4 h w
     levels = scheduler.timesteps[skip:]
-    with tqdm(total=len(levels) * (1 + refinements), disable=not progress) as bar:
-        predict = predictor(model, prompt, settings["guidance_scale"], bar)
+    calls = len(levels) * (1 + refinements)
+    call = itertools.count()
+    with tqdm(total=calls, disable=not progress) as bar:
+
+        def after_call(x: Tensor) -> None:
+            if callback is not None:
+                callback(next(call), calls, x.clone())
+            bar.update()
+
+        predict = predictor(model, prompt, settings["guidance_scale"], after_call)
         if method == "edit-friendly":
             scheduler.eta = 1.0
             trajectory, noises = edit_friendly_noises(predict, scheduler, levels, clean, seed)
@@ -209,8 +220,13 @@ def invert(
     return Inversion(trajectory, noises, given, drawn, settings, fingerprint(model))
 
 
-def predictor(model: StableDiffusion, prompt: str, guidance: float, bar: tqdm) -> Predict:
-    """What predicts the noise in one latent with the prompt and guidance, and moves the bar."""
+def predictor(
+    model: StableDiffusion, prompt: str, guidance: float, after_call: Callable[[Tensor], None]
+) -> Predict:
+    """Return the function that predicts the noise in one latent with the prompt and guidance.
+
+    after_call: gets the latent after each UNet call.
+    """
     prompts = [prompt] if guidance == 1 else [prompt, ""]
     words = text.encode(model.text_encoder, [text.tokenize(model.tokenizer, p) for p in prompts])
     context = CachedContext(words)
@@ -218,7 +234,7 @@ def predictor(model: StableDiffusion, prompt: str, guidance: float, bar: tqdm) -
     def predict(x: Tensor, t: int) -> Tensor:
         rows = x.to(words.dtype).expand(len(words), -1, -1, -1)
         eps = model.unet(rows, torch.as_tensor(t), context).float()
-        bar.update()
+        after_call(x)
         # classifier-free guidance, Ho & Salimans 2021, eq. 6; without it, the only row
         return eps[-1:] + guidance * (eps[:1] - eps[-1:])
 

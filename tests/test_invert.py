@@ -61,6 +61,16 @@ def friendly(model, bird) -> Inversion:
     return invert(model, bird, BIRD, method="edit-friendly", **settings)
 
 
+def test_the_callback_sees_every_call(model, bird):
+    """And an exception that it raises ends the inversion."""
+    seen = []
+    invert(model, bird, BIRD, num_inference_steps=2, method="ddim", refinements=1,
+           callback=lambda call, calls, x: seen.append((call, calls, tuple(x.shape))))  # fmt: skip
+    assert seen == [(n, 4, (1, 4, 16, 16)) for n in range(4)]
+    with pytest.raises(KeyError):
+        invert(model, bird, BIRD, num_inference_steps=2, callback=lambda call, *_: {}[call])
+
+
 @contextmanager
 def counted(model) -> Iterator[list[int]]:
     """The number of rows of each UNet call."""

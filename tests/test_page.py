@@ -1,16 +1,11 @@
 """The interactive page: what is in the file, and what it does in a real browser."""
 
 import base64
-import contextlib
 import io
 import json
 import math
 import re
-import shutil
-import subprocess
-import tempfile
 import time
-import urllib.request
 from collections.abc import Iterator
 from html.parser import HTMLParser
 from pathlib import Path
@@ -18,6 +13,7 @@ from typing import Any
 
 import pytest
 import torch
+from browser import Browser, start_browser
 from PIL import Image
 from torch import Tensor
 
@@ -30,95 +26,12 @@ from minip2p.html.page import MAP_BYTES, PageStore, page
 from minip2p.pipeline import Result
 from minip2p.show import COLOURS
 from minip2p.text import tokenize
+from minip2p.weights import SD_DEFAULTS
 from minip2p.weights.clip import load_tokenizer
 
 TOKENIZER = Path(minip2p.__file__).parent / "models" / "emoji" / "tokenizer"
 SQUIRREL, LION = "a squirrel eating a burger", "a lion eating a burger"
 NASTY = "a x</script><script>alert(\"1\")</script>x y<!--<script>y & <b>café</b> 狗 'it' //b"
-
-
-# --- a browser, driven over chromedriver's own protocol (W3C WebDriver) -------------------------
-
-NAMES = ("chromium", "chromium-browser", "google-chrome")
-CHROMIUM = next((path for path in map(shutil.which, NAMES) if path), "")
-CHROMEDRIVER = shutil.which("chromedriver") or ""
-FLAGS = (
-    *("--headless", "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run"),
-    *("--disable-background-networking", "--disable-component-update", "--disable-sync"),
-    *("--disable-dev-shm-usage", "--force-device-scale-factor=1"),
-)
-KEYS = {"tab": "\ue004", "enter": "\ue007", "escape": "\ue00c", "right": "\ue014"}
-
-
-class Browser:
-    def __init__(self, port: int, profile: str):
-        self.url, self.session = f"http://127.0.0.1:{port}", ""
-        options = {"binary": CHROMIUM, "args": [*FLAGS, f"--user-data-dir={profile}"]}
-        wanted = {"goog:chromeOptions": options, "goog:loggingPrefs": {"browser": "ALL"}}
-        self.session = (
-            "/session/"
-            + self("POST", "/session", capabilities={"alwaysMatch": wanted})["sessionId"]
-        )
-
-    def __call__(self, method: str, path: str, **body: Any) -> Any:
-        request = urllib.request.Request(
-            self.url + (path if path == "/session" else self.session + path),
-            json.dumps(body).encode() if method == "POST" else None,
-            {"Content-Type": "application/json"},
-            method=method,
-        )
-        opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))
-        with opener.open(request, timeout=60) as answer:
-            return json.load(answer)["value"]
-
-    def open(self, path: Path) -> None:
-        self("POST", "/url", url=path.as_uri())
-
-    def js(self, script: str, *arguments: Any) -> Any:
-        return self("POST", "/execute/sync", script=script, args=arguments)
-
-    def devtools(self, command: str, **parameters: Any) -> Any:
-        return self("POST", "/goog/cdp/execute", cmd=command, params=parameters)
-
-    def pointer(self, x: float, y: float, *then: str) -> None:
-        actions = [{"type": "pointerMove", "x": round(x), "y": round(y)}]
-        actions += [{"type": f"pointer{step}", "button": 0} for step in then]
-        self("POST", "/actions", actions=[{"type": "pointer", "id": "mouse", "actions": actions}])
-
-    def hover(self, selector: str, *then: str) -> None:
-        self.pointer(*self.js(
-            "const e = document.querySelector(arguments[0]); e.scrollIntoView({block: 'center'});"
-            "const r = e.getBoundingClientRect(); return [r.x + r.width / 2, r.y + r.height / 2]",
-            selector,
-        ), *then)  # fmt: skip
-
-    def press(self, *keys: str) -> None:
-        actions = [
-            {"type": kind, "value": KEYS[key]} for key in keys for kind in ("keyDown", "keyUp")
-        ]
-        self("POST", "/actions", actions=[{"type": "key", "id": "keys", "actions": actions}])
-
-    def screenshot(self, path: Path) -> None:
-        path.write_bytes(base64.b64decode(self("GET", "/screenshot")))
-
-
-@contextlib.contextmanager
-def start_browser() -> Iterator[Browser]:
-    with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as folder:
-        process = subprocess.Popen(
-            [CHROMEDRIVER, "--port=0"], stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True
-        )
-        try:
-            assert process.stdout
-            ports = (re.search(r"on port (\d+)\.", line) for line in process.stdout)
-            driver = Browser(int(next(filter(None, ports))[1]), f"{folder}/profile")
-            try:
-                yield driver
-            finally:
-                driver("DELETE", "")
-        finally:
-            process.terminate()
-            process.wait(timeout=10)
 
 
 # --- results whose maps are known ----------------------------------------------------------------
@@ -161,7 +74,7 @@ def make(
     pixels = size[1] * 4, size[0] * 4
     images = [Image.new("RGB", pixels, (40 * r, 90, 160)) for r in range(len(tokens))]
     settings = {"prompts": prompts, "seed": 8888, "unet_calls": calls, "edit": repr(edit)}
-    bound = bind(edit, tokens, latent_size=size, coarse=size)
+    bound = bind(edit, tokens, latent_size=size, coarse=size, defaults=SD_DEFAULTS)
     return Result(images, torch.zeros(0), fill(store, calls), settings), bound
 
 
@@ -383,7 +296,7 @@ def test_a_run_of_the_bundled_model():
     result = minip2p.generate(
         model, [SQUIRREL, LION], edit=edit, num_inference_steps=3, scheduler="pndm", store=store
     )
-    bound = bind(edit, store.prompts, latent_size=(16, 16), coarse=(16, 16))
+    bound = bind(edit, store.prompts, latent_size=(16, 16), coarse=(16, 16), defaults=SD_DEFAULTS)
     assert {(layer.height, layer.width) for layer in store.maps} == {(16, 16)}
     run = Reader(page(result, bound)).run()
     assert run["calls"] == 4 and run["shown"] == [0, 1, 2, 3]
@@ -411,8 +324,6 @@ return [Math.floor(best / canvas.width) / canvas.height, best % canvas.width / c
 
 @pytest.fixture(scope="module")
 def chromium() -> Iterator[Browser]:
-    if not CHROMIUM or not CHROMEDRIVER:
-        pytest.skip("needs a browser: apt-get install chromium chromium-driver")
     with start_browser() as browser:
         yield browser
 
@@ -424,15 +335,11 @@ def browser(chromium: Browser, tmp_path: Path) -> Iterator[Browser]:
     result, bound = make([SQUIRREL, LION, LION], [edit, None], CALLS)
     path = tmp_path / "a page.html"
     path.write_text(page(result, bound), "utf-8")
-    chromium.devtools(
-        "Emulation.setDeviceMetricsOverride",
-        **{"width": 1200, "height": 900, "deviceScaleFactor": 1, "mobile": False},
-    )
+    chromium.resize(1200, 900)
     chromium.pointer(0, 0)
     chromium.open(path)
     yield chromium
-    log = chromium("POST", "/se/log", type="browser")  # errors, and requests that were refused
-    assert [entry["message"] for entry in log if entry["level"] == "SEVERE"] == []
+    assert chromium.errors() == []
 
 
 def cell(
@@ -464,26 +371,21 @@ def marked(browser: Browser, kind: str) -> list[list[int]]:
     return browser.js(script, kind)
 
 
-def texts(browser: Browser, selector: str) -> list[str]:
-    script = "return [...document.querySelectorAll(arguments[0])].map(e => e.textContent)"
-    return browser.js(script, selector)
-
-
 def test_hovering_a_word_shows_where_each_picture_looks(browser: Browser):
-    assert cells(browser) == [None] * 3 and texts(browser, ".state") == [""] * 3
+    assert cells(browser) == [None] * 3 and browser.texts(".state") == [""] * 3
     for picture, n in ((1, 2), (0, 5), (2, 3)):
         browser.hover(word(picture, n))
         assert cells(browser) == places(n)
         assert marked(browser, "chosen") == [[picture, n]]
         assert marked(browser, "linked") == [[r, n] for r in range(3) if r != picture]
     browser.hover(word(0, 2))
-    assert texts(browser, "tr.linked th") == ["lion"]
-    source, edited, alone = texts(browser, ".state")
+    assert browser.texts("tr.linked th") == ["lion"]
+    source, edited, alone = browser.texts(".state")
     assert source == "squirrel: up to 25\u00a0% (centre)."
     assert "where the source looks at “squirrel” at calls 1 to 3 of 6" in edited
     assert "without control: its own map" in alone
     browser.hover(word(0, 5))
-    assert texts(browser, ".state")[0] == "burger: up to 25\u00a0% (bottom left)."
+    assert browser.texts(".state")[0] == "burger: up to 25\u00a0% (bottom left)."
     browser.hover("h1")
     assert cells(browser) == [None] * 3 and marked(browser, "chosen") == []
 
@@ -494,24 +396,24 @@ def test_the_brightest_place_is_yellow_on_the_scale_that_is_told(browser: Browse
     assert browser.js(BRIGHTEST, 0)[2] > 0.9 * COLOURS[-1].sum()
     browser.js("slider.value = 0; slider.dispatchEvent(new Event('input'))")
     assert browser.js(BRIGHTEST, 0)[2] < 0.75 * COLOURS[-1].sum()
-    assert "up to 30\u00a0%" in texts(browser, ".state")[0]
-    assert "yellow is 40\u00a0%" in texts(browser, ".state")[0]
+    assert "up to 30\u00a0%" in browser.texts(".state")[0]
+    assert "yellow is 40\u00a0%" in browser.texts(".state")[0]
 
 
 def test_the_slider_goes_through_the_calls(browser: Browser):
-    browser.hover(word(1, 2), "Down", "Up")
-    assert texts(browser, "#when") == ["average of 6 calls"]
+    browser.click(word(1, 2))
+    assert browser.texts("#when") == ["average of 6 calls"]
     browser.js("slider.focus()")
     browser.press("right")
-    assert texts(browser, "#when") == ["call 2 of 6"]
+    assert browser.texts("#when") == ["call 2 of 6"]
     assert cells(browser) == places(2, 1) != places(2, 2)
-    assert "where the source looks at “squirrel” at this call" in texts(browser, ".state")[1]
+    assert "where the source looks at “squirrel” at this call" in browser.texts(".state")[1]
     browser.press("right", "right")
-    assert texts(browser, "#when") == ["call 4 of 6"]
+    assert browser.texts("#when") == ["call 4 of 6"]
     assert cells(browser) == places(2, 3)
-    assert "its own map at this call" in texts(browser, ".state")[1]
-    browser.hover("#average", "Down", "Up")
-    assert texts(browser, "#when") == ["average of 6 calls"]
+    assert "its own map at this call" in browser.texts(".state")[1]
+    browser.click("#average")
+    assert browser.texts("#when") == ["average of 6 calls"]
 
 
 def test_playing_runs_through_the_calls_and_pauses(browser: Browser):
@@ -519,25 +421,25 @@ def test_playing_runs_through_the_calls_and_pauses(browser: Browser):
         "window.seen = [];"
         "new MutationObserver(() => seen.push(when.textContent)).observe(when, {childList: true})"
     )
-    browser.hover("#play", "Down", "Up")
+    browser.click("#play")
     until = time.monotonic() + 30
     while len(seen := browser.js("return seen")) <= CALLS and time.monotonic() < until:
         time.sleep(0.1)
     assert seen[: CALLS + 1] == [f"call {n} of {CALLS}" for n in (*range(1, CALLS + 1), 1)]
-    assert texts(browser, "#play") == ["Pause"]
-    browser.hover("#play", "Down", "Up")
-    at = texts(browser, "#when")
+    assert browser.texts("#play") == ["Pause"]
+    browser.click("#play")
+    at = browser.texts("#when")
     time.sleep(0.5)
-    assert texts(browser, "#play") == ["Play"] and texts(browser, "#when") == at
+    assert browser.texts("#play") == ["Play"] and browser.texts("#when") == at
 
 
 def test_a_click_keeps_a_word_and_the_next_lets_go(browser: Browser):
-    browser.hover(word(0, 2), "Down", "Up")
+    browser.click(word(0, 2))
     browser.hover(word(0, 5))
     assert cells(browser) == places(5)
     browser.hover("h1")
     assert cells(browser) == places(2)
-    browser.hover(word(0, 2), "Down", "Up")
+    browser.click(word(0, 2))
     browser.hover("h1")
     assert cells(browser) == [None] * 3
 
@@ -565,9 +467,7 @@ def test_the_keyboard_alone_is_enough(browser: Browser):
 
 def test_a_tap_is_enough(browser: Browser):
     def tap(selector: str) -> None:
-        x, y = browser.js(
-            "const r = document.querySelector(arguments[0]).getBoundingClientRect();"
-            "return [r.x + r.width / 2, r.y + r.height / 2]", selector)  # fmt: skip
+        x, y = browser.middle(selector)
         browser.devtools(
             "Input.dispatchTouchEvent", type="touchStart", touchPoints=[{"x": x, "y": y}]
         )
@@ -589,7 +489,7 @@ def test_words_that_belong_together_are_drawn_together(browser: Browser, tmp_pat
     browser.open(tmp_path / "refined.html")
     browser.hover(word(1, 5))
     assert cell(browser, 0) is None and cell(browser, 1) == peak(1, 5, CALLS, (16, 24))
-    assert texts(browser, ".state")[0] == "No word here belongs to it."
+    assert browser.texts(".state")[0] == "No word here belongs to it."
     browser.hover(word(0, 5))
     assert marked(browser, "linked") == [[1, 6]]
 
@@ -598,20 +498,16 @@ def test_prompts_run_nothing_and_nothing_is_fetched(browser: Browser, tmp_path: 
     (tmp_path / "nasty.html").write_text(page(*make([NASTY, NASTY], WordSwap())), "utf-8")
     browser.open(tmp_path / "nasty.html")
     browser.hover(word(1, 2))
-    assert texts(browser, ".prompt")[0] == f"<begin> {NASTY} <end>"
+    assert browser.texts(".prompt")[0] == f"<begin> {NASTY} <end>"
     assert browser.js("return document.scripts.length") == 2
-    fetched = browser.js("return performance.getEntriesByType('resource').map(e => e.name)")
-    assert all(name.startswith("data:") for name in fetched)
+    assert browser.fetched() == []
 
 
 @pytest.mark.parametrize("scheme", ["light", "dark"])
 @pytest.mark.parametrize("width", [320, 700, 1200])
 def test_it_fits_the_screen_and_can_be_read(browser: Browser, width: int, scheme: str):
     """No sideways scrolling; text has the contrast that WCAG asks for, 4.5 to 1."""
-    browser.devtools(
-        "Emulation.setDeviceMetricsOverride",
-        **{"width": width, "height": 800, "deviceScaleFactor": 1, "mobile": width < 600},
-    )
+    browser.resize(width, 800)
     media = [{"name": "prefers-color-scheme", "value": scheme}]
     browser.devtools("Emulation.setEmulatedMedia", features=media)
     browser.hover(word(1, 2))

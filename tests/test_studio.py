@@ -22,8 +22,8 @@ from typing import Any
 
 import pytest
 import torch
+from browser import Browser, start_browser
 from PIL import Image
-from test_page import CHROMEDRIVER, CHROMIUM, Browser, start_browser
 
 import minip2p
 from minip2p import LocalBlend, PromptEdit, Reweight
@@ -352,8 +352,6 @@ def address(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
 
 @pytest.fixture(scope="module")
 def chromium(address: str) -> Iterator[Browser]:
-    if not CHROMIUM or not CHROMEDRIVER:
-        pytest.skip("needs a browser: apt-get install chromium chromium-driver")
     with start_browser() as browser:
         yield browser
 
@@ -458,8 +456,7 @@ def tab(chromium: Browser, address: str) -> Iterator[Page]:
     page = Page(chromium, address)
     yield page
     page.close()
-    log = chromium("POST", "/se/log", type="browser")
-    assert [entry["message"] for entry in log if entry["level"] == "SEVERE"] == []
+    assert chromium.errors() == []
 
 
 def repeated(page: Page, folder: Path, monkeypatch: pytest.MonkeyPatch) -> list[bytes]:

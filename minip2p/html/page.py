@@ -6,8 +6,6 @@
 from __future__ import annotations
 
 import base64
-import io
-import json
 import math
 import re
 from collections.abc import Mapping, Sequence
@@ -28,10 +26,10 @@ from ..pipeline import Result
 from ..show import COLOURS
 from ..store import AttentionStore
 from ..words import bare
+from .template import data_uri, fill, script_json
 
 TEMPLATE = Path(__file__).with_name("page.html")
 MAP_BYTES = 2**21  # of all maps; beyond, not every UNet call is on the page
-PNG_BYTES = 2**17  # of one picture; a larger one becomes a JPEG
 
 
 class PageStore(AttentionStore):
@@ -51,7 +49,7 @@ def page(result: Result, edit: Hook | None = None, names: Sequence[str] = ()) ->
     names: of the pictures, instead of "Source", "Edit 1", …
     Raises ValueError if the maps of every token at every UNet call were not kept.
     """
-    store = result.attention
+    store = result.store
     if store is None or store.words is not None or not store.by_call:
         raise ValueError(
             "A page shows every token's maps at every UNet call: keep them with store=PageStore()."
@@ -90,11 +88,9 @@ def page(result: Result, edit: Hook | None = None, names: Sequence[str] = ()) ->
         "maps": escape(_about(store, shown)),
         "tables": _tables(edit, names, words, store.calls),
         "settings": _settings(result.settings),
-        # Inside a script element, "</script>" would end it: JSON may write every < as an escape.
-        "run": json.dumps(run, separators=(",", ":")).replace("<", r"\u003c"),
+        "run": script_json(run),
     }
-    # One pass, so that nothing in a prompt is taken for a place to fill.
-    return re.sub(r"\{\{(\w+)\}\}", lambda match: values[match[1]], TEMPLATE.read_text("utf-8"))
+    return fill(TEMPLATE, values)
 
 
 # --- words and maps ------------------------------------------------------------------------------
@@ -183,7 +179,7 @@ def _figure(r: int, name: str, image: Image.Image, prompt: Prompt, words: Sequen
     enlarged = max(1, round(512 / max(h, w)))
     return f"""<figure id="picture-{r}">
 <div class="picture">
-<img src="{_data_uri(image)}" width="{w}" height="{h}" alt="{escape(f"{name}: {prompt.text}")}">
+<img src="{data_uri(image)}" width="{w}" height="{h}" alt="{escape(f"{name}: {prompt.text}")}">
 <canvas width="{w * enlarged}" height="{h * enlarged}" role="img" hidden></canvas>
 </div>
 <figcaption>
@@ -201,20 +197,11 @@ def _given(result: Result) -> str:
     image = result.source.picture.image
     return f"""<figure>
 <div class="picture">
-<img src="{_data_uri(image)}" width="{image.width}" height="{image.height}" alt="the given picture">
+<img src="{data_uri(image)}" width="{image.width}" height="{image.height}" alt="the given picture">
 </div>
 <figcaption><p class="role">Given</p></figcaption>
 </figure>
 """
-
-
-def _data_uri(image: Image.Image) -> str:
-    for kind, options in (("png", {}), ("jpeg", {"quality": 92})):
-        file = io.BytesIO()
-        image.save(file, kind, **options)
-        if file.tell() <= PNG_BYTES:
-            break
-    return f"data:image/{kind};base64,{base64.b64encode(file.getvalue()).decode()}"
 
 
 def _tables(

@@ -5,10 +5,6 @@
 
 from __future__ import annotations
 
-import base64
-import io
-import json
-import re
 from collections.abc import Sequence
 from html import escape
 from pathlib import Path
@@ -20,6 +16,7 @@ from ..align import DEFAULT
 from ..errors import check
 from ..sweep.results import Row, put, read_rows
 from ..sweep.study import ONE
+from .template import data_uri, fill, script_json
 
 TEMPLATE = Path(__file__).with_name("report.html")
 THUMBNAIL = 160  # pixels of a picture's longer side, at most
@@ -86,11 +83,9 @@ def report(rows: Sequence[Row], folder: Path) -> str:
     values = {
         "title": escape(f"Sweep {folder.resolve().name}: {len(rows)} runs"),
         "same": "\n".join(f"<dt>{escape(n)}</dt><dd>{escape(v)}</dd>" for n, v in same),
-        # Inside a script element, "</script>" would end it: JSON may write every < as an escape.
-        "data": json.dumps(data, separators=(",", ":")).replace("<", r"\u003c"),
+        "data": script_json(data),
     }
-    # One pass, so that nothing in a prompt is taken for a place to fill.
-    return re.sub(r"\{\{(\w+)\}\}", lambda match: values[match[1]], TEMPLATE.read_text("utf-8"))
+    return fill(TEMPLATE, values)
 
 
 def sources_and_runs(rows: Sequence[Row]) -> list[str]:
@@ -122,6 +117,4 @@ def thumbnail(path: Path) -> str | None:
     with Image.open(path) as image:
         small = image.convert("RGB")
     small.thumbnail((THUMBNAIL, THUMBNAIL))
-    file = io.BytesIO()
-    small.save(file, "JPEG", quality=88)
-    return f"data:image/jpeg;base64,{base64.b64encode(file.getvalue()).decode()}"
+    return data_uri(small, png_bytes=0, quality=88)
