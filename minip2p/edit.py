@@ -20,7 +20,7 @@ import copy
 import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor
@@ -141,6 +141,10 @@ class Reweight:
             f"A Reweight comes on top of a WordSwap or Refine, not of {describe(self.edit)}.",
         )
 
+    def align(self, source: Prompt, target: Prompt) -> Alignment:
+        """Align the prompts as the edit beneath does."""
+        return self.edit.align(source, target)
+
     def named_words(self) -> list[tuple[str, str]]:
         """List the words that the edit names, each after the setting that names it."""
         return [*(("weights", word) for word in self.weights), *self.edit.named_words()]
@@ -194,12 +198,10 @@ class PromptToPrompt(Hook):
         if key not in self.cache:  # a window has opened or closed
             share = alpha * self.exists  # a α
             weights = self.weights.where(alpha | self.everywhere, 1)
-            self.cache[key] = (
-                LinearEdit.from_dense(
-                    self.mapper * share[:, None], 1 - share, weights, self.device
-                ),
-                LinearEdit(map_row=map_rows(self_open, self.device)) if self_open.any() else None,
-            )
+            source = self.mapper * share[:, None]
+            cross = LinearEdit.from_dense(source, 1 - share, weights, self.device)
+            self_attn = LinearEdit(map_row=map_rows(self_open, self.device))
+            self.cache[key] = cross, self_attn if self_open.any() else None
         hook = copy.copy(self)
         hook.cross, hook.self_attn = self.cache[key]
         hook.call, hook.calls = call, calls
@@ -224,7 +226,7 @@ class PromptToPrompt(Hook):
         return latents
 
 
-# --- from the one to the other -------------------------------------------------------------------
+# --- from the edit to the hook ------------------------------------------------------------------
 
 
 def bind(
@@ -236,7 +238,7 @@ def bind(
     defaults: Mapping[str, Any],
     device: Device = "cpu",
 ) -> PromptToPrompt | None:
-    """Bind an edit to the prompts of a run: find every word, align every pair of prompts.
+    """Bind an edit to the prompts of a run: align every pair of prompts, find every named word.
 
     latent_size: h w of the latents. coarse: h w of the largest feature maps whose self-attention is
     replaced, where LocalBlend looks too. defaults: the windows that the model recommends.
@@ -244,95 +246,86 @@ def bind(
     """
     if edit is None:
         return None
-    source, *targets = prompts
-    check(targets, "An edit needs an edited prompt after the source prompt, and there is none.")
-    edits = edit_of_each(edit, len(targets))
-    alignments = [e and base(e).align(source, t) for e, t in zip(edits, targets, strict=True)]
-    check_named_words(edits, prompts, alignments)
+    check(prompts[1:], "An edit needs an edited prompt after the source prompt, and there is none.")
+    rows = [
+        Row(r, row_edit, row_edit.align(prompts[0], prompts[r]))
+        for r, row_edit in enumerate(edit_of_each(edit, len(prompts) - 1), 1)
+        if row_edit is not None
+    ]
+    check_named_words(rows, prompts)
     hook = PromptToPrompt(prompts, coarse, device)
-    for r, (row_edit, alignment) in enumerate(zip(edits, alignments, strict=True), 1):
-        if row_edit is None or alignment is None:
-            continue
-        fill_row(hook, r, row_edit, alignment, defaults)
-        blend = base(row_edit).local_blend
-        if blend and acts_on(blend, prompts[0], prompts[r], alignment):
-            hook.blends.append(Blend(blend, r, prompts, alignment, latent_size, coarse, device))
+    for row in rows:
+        fill_row(hook, row, defaults)
+        blend = base(row.edit).local_blend
+        if blend and acts_on(blend, prompts[0], prompts[row.r], row.alignment):
+            hook.blends.append(
+                Blend(blend, row.r, prompts, row.alignment, latent_size, coarse, device)
+            )
     return hook
+
+
+class Row(NamedTuple):
+    """The edit of prompt r, and how its tokens are aligned with the source's."""
+
+    r: int
+    edit: PromptEdit | Reweight
+    alignment: Alignment
 
 
 def edit_of_each(edit: Edits, n: int) -> Sequence[EditOfPrompt]:
     """Return the edits of n prompts. Raises UserError unless `edit` is one for all or n of them."""
     edit = PromptEdit() if isinstance(edit, str) and edit == "auto" else edit
-    edits = [edit] * n if isinstance(edit, PromptEdit | Reweight) else edit
-    check(
-        not isinstance(edit, PromptToPrompt),
-        "This edit is bound to the prompts of another run: give the WordSwap, Refine or Reweight "
-        "that it was made of.",
-    )
-    hooks = isinstance(edit, Hook) or (
-        isinstance(edits, list | tuple) and any(isinstance(e, Hook) for e in edits)
-    )
-    check(not hooks, "A hook is no edit of a prompt: give it as hooks=[hook], beside the edit.")
-    check(
-        isinstance(edits, list | tuple),
-        'edit is "auto", a WordSwap, Refine or Reweight, or a list with one for each edited '
-        f"prompt, not {describe(edit)}.",
-    )
+    edits = list(edit) if isinstance(edit, list | tuple) else [edit] * n
     for row_edit in edits:
         check(
-            isinstance(row_edit, EditOfPrompt),
-            "An edited prompt's edit is a WordSwap, Refine, Reweight or None, "
-            f"not {describe(row_edit)}.",
+            not isinstance(row_edit, Hook),
+            f"{describe(row_edit)} is a hook and not an edit of a prompt: give it as hooks=[...], "
+            "or in place of a bound edit the WordSwap, Refine or Reweight that it was made of.",
         )
-    has_one_each = len(edits) == n
-    check(has_one_each, f"A list of edits has one for each edited prompt: {n}, not {len(edits)}.")
+        check(
+            isinstance(row_edit, EditOfPrompt),
+            'edit is "auto", a WordSwap, Refine or Reweight, or a list with one of these or None '
+            f"for each edited prompt, not {describe(row_edit)}.",
+        )
+    check(
+        len(edits) == n,
+        f"A list of edits has one for each edited prompt: {n}, not {len(edits)}.",
+    )
     return edits
 
 
-def check_named_words(
-    edits: Sequence[EditOfPrompt],
-    prompts: Sequence[Prompt],
-    alignments: Sequence[Alignment | None],
-) -> None:
-    """Check every word that the edits name; warn of prompts on which one does not act.
+def check_named_words(rows: Sequence[Row], prompts: Sequence[Prompt]) -> None:
+    """Check every word that the edits name; warn of prompts on which a word does not act.
 
-    Several prompts' edits may name a word that only some of these prompts have. Raises UserError
-    for a word that none of them has, or that acts on none.
+    The edits of several prompts may name a word that only some of these prompts have. Raises
+    UserError for a word that none of them has, or that acts on none.
     """
-    source, *targets = prompts
-    rows_naming: dict[tuple[str, str], list[int]] = {}
-    for row, edit in enumerate(edits):
-        for named in edit.named_words() if edit else ():
-            rows_naming.setdefault(named, []).append(row)
-    for (setting, word), rows in rows_naming.items():
-        check_words([word], [source, *(targets[row] for row in rows)])
+    source = prompts[0]
+    rows_naming: dict[tuple[str, str], list[Row]] = {}
+    for row in rows:
+        for setting_and_word in row.edit.named_words():
+            rows_naming.setdefault(setting_and_word, []).append(row)
+    for (setting, word), naming in rows_naming.items():
+        check_words([word], [source, *(prompts[row.r] for row in naming)])
         lacking = []
-        for row in rows:
-            alignment = alignments[row]
-            assert alignment is not None
-            at_source, at_target = alignment.carry(word, source, targets[row])
-            if not (at_target or (at_source and setting in ("local_blend", "subtract"))):
-                lacking.append(targets[row].text)
+        for row in naming:
+            in_source, in_target = row.alignment.carry(word, source, prompts[row.r])
+            # A blend masks by the source's words too.
+            if not in_target and not (in_source and setting in ("local_blend", "subtract")):
+                lacking.append(prompts[row.r].text)
         check(
-            len(lacking) < len(rows),
+            len(lacking) < len(naming),
             f"The word {word!r} is in the source prompt alone and nothing takes its place: "
-            f"name a word of {targets[rows[0]].text!r}.",
+            f"name a word of {prompts[naming[0].r].text!r}.",
         )
         for text in dict.fromkeys(lacking):
-            warnings.warn(
-                f"{setting}: {word!r} does not act on {text!r}, which has no {word!r}.",
-                stacklevel=2,
-            )
+            message = f"{setting}: {word!r} does not act on {text!r}, which has no {word!r}."
+            warnings.warn(message, stacklevel=2)
 
 
-def fill_row(
-    hook: PromptToPrompt,
-    r: int,
-    edit: PromptEdit | Reweight,
-    alignment: Alignment,
-    defaults: Mapping[str, Any],
-) -> None:
-    """Write the edit of prompt r into row r of the hook's tensors."""
+def fill_row(hook: PromptToPrompt, row: Row, defaults: Mapping[str, Any]) -> None:
+    """Write the edit of one prompt into its row of the hook's tensors."""
+    r, edit, alignment = row
     weights: Mapping[str, float] = {}
     if isinstance(edit, Reweight):
         hook.everywhere[r] = edit.everywhere

@@ -1,8 +1,9 @@
-"""Words in a text: where one stands, what it is exchanged for, and the pieces that it consists of.
+"""Words in a text: where they stand, how they are exchanged, and which pieces they consist of.
 
-One grammar for everything that names a word, be it a swap, a window, a weight, a blend or a map:
-any case, any white space, accents in one character or two, apostrophes straight or curly. A phrase
-is a word, too, a repeated word means all its places, and "cat#2" is the second "cat".
+Swaps, windows, weights, blends and maps name words in one grammar: any case, any white space,
+accents in one character or two, apostrophes straight or curly. A phrase is a word, too. A repeated
+word means all its places, and "cat#2" is the second "cat". In scripts without spaces, such as
+Chinese, Japanese or Thai, a word may begin and end between any two letters.
 """
 
 from __future__ import annotations
@@ -15,9 +16,10 @@ from typing import NamedTuple
 
 from .errors import check
 
-# Of any script, and the ASCII signs that Unicode counts as symbols. Not emoji.
-PUNCTUATION = "$+<=>^`|~" + "".join(
-    c for c in map(chr, range(0x10000)) if unicodedata.category(c)[0] == "P"
+# Letters of scripts without spaces: Thai, Lao, Burmese, Khmer, kana and Han.
+UNSPACED = re.compile(
+    "[\u0e00-\u0eff\u1000-\u109f\u1780-\u17ff\u3005-\u30ff\u31f0-\u31ff\u3400-\u4dbf"
+    "\u4e00-\u9fff\uf900-\ufaff\uff66-\uff9f\U00020000-\U0003ffff]"
 )
 ALIKE = ("'’‘ʼ＇´`′", "-‐‑")  # apostrophes, and hyphens, as keyboards and typesetters have them
 _ANY = {c: f"[{re.escape(group)}]" for group in ALIKE for c in group}
@@ -25,19 +27,43 @@ _FIRST = str.maketrans({c: group[0] for group in ALIKE for c in group})
 
 
 def is_letter(character: str) -> bool:
-    """Whether it is part of a word in the narrow sense: a letter, a digit or an accent of one."""
+    """Tell whether it is a letter, a digit or an accent of one, and no apostrophe or hyphen."""
     is_accent = unicodedata.category(character) in ("Mn", "Mc")
     is_emoji_style = "\ufe00" <= character <= "\ufe0f"
     return (character.isalnum() or (is_accent and not is_emoji_style)) and character not in _ANY
 
 
+def is_border(text: str, i: int, between_signs: bool = True) -> bool:
+    """Tell whether a word may begin or end before text[i].
+
+    between_signs: count the place between two signs of punctuation as a border.
+    """
+    if i in (0, len(text)):
+        return True
+    before, after = text[i - 1], text[i]
+    if is_letter(before) != is_letter(after):
+        return True
+    if not is_letter(before):
+        return between_signs
+    is_unspaced = UNSPACED.match(before) or UNSPACED.match(after)
+    return bool(is_unspaced) and unicodedata.category(after)[0] != "M"
+
+
+def is_sign(character: str) -> bool:
+    """Tell whether it is white space or punctuation of any script, but no emoji."""
+    is_punctuation = unicodedata.category(character)[0] == "P" or character in "$+<=>^`|~"
+    return is_punctuation or character.isspace()
+
+
 def bare(word: str) -> str:
-    """`word` without the punctuation around it, unless it is nothing else."""
-    return word.strip().strip(PUNCTUATION).strip() or word.strip()
+    """Strip the punctuation around `word`, unless it is nothing else."""
+    word = word.strip()
+    kept = [i for i, character in enumerate(word) if not is_sign(character)]
+    return word[kept[0] : kept[-1] + 1] if kept else word
 
 
 def places(text: str, word: str) -> list[tuple[int, int]]:
-    """Where `word` stands in `text`: from which character to before which; [] if nowhere.
+    """Return the (start, stop) characters of every place of `word` in `text`.
 
     Punctuation around it counts only where `text` has it both with and without: "C++" beside "C".
     """
@@ -46,46 +72,43 @@ def places(text: str, word: str) -> list[tuple[int, int]]:
     if numbered and not exact:
         n = int(numbered[2])
         return places(text, numbered[1])[n - 1 : n]
-    found = list(_places(text, bare(word)))
-    return exact if 0 < len(exact) < len(found) else found
+    places_without = list(_places(text, bare(word)))
+    return exact if 0 < len(exact) < len(places_without) else places_without
 
 
 def _places(text: str, word: str) -> Iterator[tuple[int, int]]:
-    """Where `word`, exactly with its punctuation, stands as a whole and not inside of another."""
+    """Yield the places where `word`, with its punctuation, stands and not inside another word."""
     forms = sorted({word, *(unicodedata.normalize(form, word) for form in ("NFC", "NFD"))})
-    body = "|".join(map(_spellings, forms)) or "(?!)"  # which is found nowhere
+    body = "|".join(map(_spellings, forms)) or "(?!)"  # which matches nowhere
     end = 0
     for match in re.finditer(f"(?=({body}))", text, re.IGNORECASE):
         start, stop = match.span(1)
-        inside = any(
-            0 < edge < len(text) and is_letter(text[edge - 1]) and is_letter(text[edge])
-            for edge in (start, stop)
-        )
-        if start >= end and not inside:
+        is_whole = all(is_border(text, edge) for edge in (start, stop))
+        if start >= end and is_whole:
             yield start, stop
             end = stop
 
 
 def _spellings(word: str) -> str:
-    """A regular expression: any white space, any kind of apostrophe or hyphen."""
+    """Return a regular expression for any white space and any kind of apostrophe or hyphen."""
     parts = ("".join(_ANY.get(c, re.escape(c)) for c in part) for part in word.split())
     return r"\s+".join(parts)
 
 
 def swap_word(text: str, old: str, new: str) -> str:
-    """`text` with every `old`, a word or phrase, exchanged for `new`. Raises ValueError if none.
+    """Exchange every `old`, a word or phrase, for `new`. Raises UserError if there is none.
 
-    Here punctuation counts if `text` has it, too: it is exchanged with the word.
+    Punctuation around `old` is exchanged with the word where `text` has it too.
     """
-    found = list(_places(text, old)) or places(text, old)
-    check(found, f"There is no word {old!r} in {text!r}.")
-    for start, stop in reversed(found):
+    spans = list(_places(text, old)) or places(text, old)
+    check(spans, f"There is no word {old!r} in {text!r}.")
+    for start, stop in reversed(spans):
         text = text[:start] + new + text[stop:]
     return text
 
 
 def folded(text: str) -> str:
-    """The same for all spellings of a word: in case, accents, apostrophes and hyphens."""
+    """Fold the spellings of a word into one: case, accents, apostrophes and hyphens."""
     return unicodedata.normalize("NFC", text.casefold()).translate(_FIRST)
 
 
@@ -100,21 +123,21 @@ class Piece(NamedTuple):
 
 
 def pieces(text: str, spans: Sequence[tuple[int, int]], start: int, stop: int) -> list[Piece]:
-    """The word text[start:stop], taken apart. spans: of each token of the text, from position 1."""
-    inner = (i for i in range(start + 1, stop) if is_letter(text[i - 1]) != is_letter(text[i]))
-    found = []
+    """Take the word text[start:stop] apart. spans: of each token of the text, from position 1."""
+    inner = (i for i in range(start + 1, stop) if is_border(text, i, between_signs=False))
+    word = []
     for a, b in pairwise([start, *inner, stop]):
         tokens = [i for i, (first, _) in enumerate(spans, 1) if a <= first < b]
-        found.append(Piece(folded(text[a:b]), tokens))
-    return found
+        word.append(Piece(folded(text[a:b]), tokens))
+    return word
 
 
 def counterparts(old: list[Piece], new: list[Piece]) -> list[tuple[list[int], list[int]]]:
-    """Which tokens of a source's word stand for which of the target's.
+    """Pair the tokens of a source's word with those of the target's word that take their place.
 
-    The comma of "burger," is the comma of "lasagne,", not a share of the lasagne. Words that are
-    made alike, of as many pieces of the same kinds, are mapped piece by piece. Of others the equal
-    pieces at both ends are, and all that is between as one.
+    The comma of "burger," is the comma of "lasagne,", not a share of the lasagne. Two words with as
+    many pieces of the same kinds are mapped piece by piece. Of other words the equal pieces at both
+    ends are mapped, and everything between as one piece.
     """
     kinds, new_kinds = ([is_letter(piece.text[0]) for piece in word] for word in (old, new))
     if kinds != new_kinds:
@@ -131,7 +154,7 @@ def counterparts(old: list[Piece], new: list[Piece]) -> list[tuple[list[int], li
 
 
 def _equal(old: list[Piece], new: list[Piece], most: int) -> int:
-    """How many pieces at the beginning are the same."""
+    """Count the pieces at the beginning that are the same."""
     same = (a.text == b.text for a, b in zip(old[:most], new[:most], strict=True))
     return sum(takewhile(bool, same))
 

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 import minip2p
-from minip2p import AttentionStore, Layer, LocalBlend, Refine, Reweight, WordSwap
+from minip2p import AttentionStore, Layer, LocalBlend, Refine, Reweight, WordSwap, words
 from minip2p.align import Prompt, replacement, token_weights, token_windows
 from minip2p.edit import bind
 from minip2p.text import tokenize
@@ -301,7 +301,13 @@ def test_the_second_of_two_everywhere(clip_tokenizer):
     assert weights.tolist() == [1] * 5 + [2] * 3 + [1] * 69
 
     edit = Reweight({"cat#2": 2}, WordSwap({"cat#2": 0.5}, 0.4, LocalBlend("cat#2")))
-    bound = bind(edit, [source, target], latent_size=(64, 64), coarse=(16, 16))
+    bound = bind(
+        edit,
+        [source, target],
+        latent_size=(64, 64),
+        coarse=(16, 16),
+        defaults={"cross_replace_steps": 0.8, "self_replace_steps": 0.4},
+    )
     columns = bound.blends[0].columns[..., 0]
     assert [row.nonzero().flatten().tolist() for row in columns] == [[5], [5, 6, 7]]
 
@@ -321,3 +327,33 @@ def test_refine_is_by_tokens_whatever_the_apostrophe(clip_tokenizer):
     alignment = Refine().align(source, target)
     #              1 a  2 big  3 cat  4 ’  5 ’  6 s
     assert alignment.exists[1:7].tolist() == [1, 0, 1, 0, 0, 0]
+
+
+@pytest.mark.parametrize(
+    "text, word, spans",
+    [
+        ("一张猫骑自行车的照片", "猫", [(2, 3)]),
+        ("一张猫骑自行车的照片", "自行车", [(4, 7)]),
+        ("猫と犬の写真", "犬", [(2, 3)]),
+        ("ภาพแมวกินปลา", "แมว", [(3, 6)]),
+        ("ภาพป้าย", "ป", []),  # a letter without its vowel or tone mark is no word
+        ("高级cat照片", "cat", [(2, 5)]),
+        ("a cathedral", "cat", []),
+        ("고양이가", "고양이", []),  # Korean has spaces
+    ],
+)
+def test_words_of_scripts_without_spaces(text, word, spans):
+    assert words.places(text, word) == spans
+
+
+def test_a_swap_inside_a_script_without_spaces(clip_tokenizer):
+    source = "一张猫骑自行车的照片"
+    target = words.swap_word(source, "猫", "狗")
+    assert target == "一张狗骑自行车的照片"
+    prompts = [tokenize(clip_tokenizer, text) for text in (source, target)]
+    alignment = replacement(*prompts)
+    for word in ("一张", "自行车", "照片"):
+        i, j = (prompt.find(word) for prompt in prompts)
+        assert torch.equal(alignment.mapper[i][:, j], torch.eye(len(i)))
+    cat, dog = prompts[0].find("猫"), prompts[1].find("狗")
+    assert alignment.mapper[cat][:, dog].sum() == len(cat)
