@@ -135,7 +135,7 @@ def word_columns(
     spec: LocalBlend, r: int, prompts: Sequence[Prompt], alignment: Alignment
 ) -> Tensor:
     """Return which tokens a blend looks at, in rows 0 and r. → b k 2: `words`, `subtract`"""
-    columns = torch.zeros(len(prompts), LENGTH, 2)
+    columns = torch.zeros(len(prompts), LENGTH, 2, dtype=torch.float32, device="cpu")
     for n, words in enumerate((spec.words, spec.subtract)):
         for word in words:
             at_source, at_target = alignment.carry(word, prompts[0], prompts[r])

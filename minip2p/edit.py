@@ -173,11 +173,13 @@ class PromptToPrompt(Hook):
     def __init__(self, prompts: Sequence[Prompt], coarse: Size, device: Device):
         b = len(prompts)
         self.prompts, self.coarse, self.device = prompts, coarse, device
-        self.mapper, self.exists = torch.zeros(b, LENGTH, LENGTH), torch.zeros(b, LENGTH)
-        self.windows = torch.zeros(b, LENGTH, 2, dtype=torch.float64)  # of each token
-        self.self_windows = torch.zeros(b, 2, dtype=torch.float64)
-        self.weights = torch.ones(b, LENGTH)
-        self.everywhere = torch.zeros(b, 1, dtype=torch.bool)  # weights act outside of windows too
+        with torch.device("cpu"):
+            self.mapper = torch.zeros(b, LENGTH, LENGTH, dtype=torch.float32)
+            self.exists = torch.zeros(b, LENGTH, dtype=torch.float32)
+            self.windows = torch.zeros(b, LENGTH, 2, dtype=torch.float64)  # of each token
+            self.self_windows = torch.zeros(b, 2, dtype=torch.float64)
+            self.weights = torch.ones(b, LENGTH, dtype=torch.float32)
+            self.everywhere = torch.zeros(b, 1, dtype=torch.bool)  # weights act outside windows
         self.blends: list[Blend] = []
         # Calls with the same windows open share their linear maps: cross- and self-attention's.
         self.cache: dict[bytes, tuple[LinearEdit | None, LinearEdit | None]] = {}
@@ -337,6 +339,6 @@ def fill_row(hook: PromptToPrompt, row: Row, defaults: Mapping[str, Any]) -> Non
     source, target = hook.prompts[0], hook.prompts[r]
     windows = token_windows(cross, source, target, alignment)
     hook.mapper[r], hook.exists[r] = alignment.mapper, alignment.exists
-    hook.windows[r] = torch.tensor(windows, dtype=torch.float64)
-    hook.self_windows[r] = torch.tensor(window(self_window), dtype=torch.float64)
+    hook.windows[r] = torch.tensor(windows, dtype=torch.float64, device="cpu")
+    hook.self_windows[r] = torch.tensor(window(self_window), dtype=torch.float64, device="cpu")
     hook.weights[r] = token_weights(weights, source, target, alignment)

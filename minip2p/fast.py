@@ -88,8 +88,9 @@ class Winograd(nn.Module):
     def __init__(self, conv: nn.Conv2d, m: int):
         super().__init__()
         self.m, self.out_channels, self.bias = m, conv.out_channels, conv.bias
-        self.b_t, self.a_t = torch.tensor(B_T[m]).float(), torch.tensor(A_T[m]).float()
-        g, weight = torch.tensor(G[m], dtype=torch.float64), conv.weight.detach().double()
+        weight = conv.weight.detach().double()
+        self.b_t, self.a_t = weight.new_tensor(B_T[m]).float(), weight.new_tensor(A_T[m]).float()
+        g = weight.new_tensor(G[m])
         filters = torch.einsum("xi,yj,ocij->xyoc", g, g, weight).flatten(0, 1)  # n·n o c
         self.filters = [pack(one) for one in filters.float()]
 

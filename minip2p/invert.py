@@ -233,7 +233,7 @@ def predictor(
 
     def predict(x: Tensor, t: int) -> Tensor:
         rows = x.to(words.dtype).expand(len(words), -1, -1, -1)
-        eps = model.unet(rows, torch.as_tensor(t), context).float()
+        eps = model.unet(rows, torch.as_tensor(t, device="cpu"), context).float()
         after_call(x)
         # classifier-free guidance, Ho & Salimans 2021, eq. 6; without it, the only row
         return eps[-1:] + guidance * (eps[:1] - eps[-1:])
@@ -263,7 +263,9 @@ def edit_friendly_noises(
     z_t = (x_next - mean(x_t)) / σ_t       eq. 5
     """
     rng = torch.Generator().manual_seed(int(seed))
-    noise = torch.randn(len(levels), *clean.shape[1:], generator=rng).to(clean)
+    noise = torch.randn(
+        len(levels), *clean.shape[1:], generator=rng, dtype=torch.float32, device="cpu"
+    ).to(clean)
     alpha_bar = scheduler.alpha_bar[levels].to(clean)[:, None, None, None]
     trajectory = torch.cat([alpha_bar**0.5 * clean + (1 - alpha_bar) ** 0.5 * noise, clean])
     noises = []

@@ -68,7 +68,9 @@ class LinearEdit:
         """
         takes, keeps = source.flatten(1).any(dim=1), keep.any(dim=1)
         replaced = takes & ~keeps
-        is_identity = (source == torch.eye(keep.shape[1])).flatten(1).all(dim=1)
+        is_identity = (
+            (source == torch.eye(keep.shape[1], device=source.device)).flatten(1).all(dim=1)
+        )
         keep = keep.where(~replaced[:, None], 1)
 
         def source_maps(rows: Tensor) -> SourceMaps | None:
@@ -163,7 +165,7 @@ def map_rows(from_source: Tensor, device: Device) -> Tensor:
 
     from_source: b, bool → 2·b: unconditional rows follow the prompts and use their own.
     """
-    rows = torch.arange(2 * len(from_source))
+    rows = torch.arange(2 * len(from_source), device=from_source.device)
     rows[: len(from_source)][from_source] = 0
     return rows.to(device)
 

@@ -56,7 +56,7 @@ def ssim(x: Tensor, y: Tensor, border: str = "reflect") -> Tensor:
 
 def iou(a: Tensor, b: Tensor) -> float:
     """Compute intersection over union of two masks, bool; nan if both are empty."""
-    return float((a & b).sum() / (a | b).sum())
+    return float((a & b).sum().float() / (a | b).sum())
 
 
 def frechet(a: Tensor, b: Tensor) -> float:

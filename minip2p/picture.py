@@ -45,7 +45,7 @@ class Picture:
     def tensor(self) -> Tensor:
         """→ 1 3 h w in [-1, 1]"""
         pixels = torch.from_numpy(np.array(self.image))  # h w 3
-        return pixels.permute(2, 0, 1)[None] / 127.5 - 1
+        return pixels.permute(2, 0, 1)[None].float() / 127.5 - 1
 
     def put_back(self, edited: Image.Image) -> Image.Image:
         """The whole picture, in its own size, with `edited` where `image` was taken from."""

@@ -52,7 +52,9 @@ def denoise(
             x = step_hook.before_step(x)
         # Prompts and unconditional rows in one UNet call, which small models do faster than two.
         model_input = torch.cat([x, x[rows - n :]]) if n else x
-        timestep = torch.as_tensor(t)  # a number would have torch.compile make a graph of each
+        timestep = torch.as_tensor(
+            t, device="cpu"
+        )  # a number would have torch.compile make a graph of each
         unet_hook = None if step_hook is None else PromptRows(step_hook, rows)
         eps = unet(model_input.to(cond.dtype), timestep, context, unet_hook).float()
         if n:  # classifier-free guidance, Ho & Salimans 2021, eq. 6
@@ -141,7 +143,9 @@ def generate(
 
     h, w = settings.latent_size(model, height, width, latents)
     generator = torch.Generator().manual_seed(int(seed))
-    x = torch.randn(1, 4, h, w, generator=generator) if latents is None else latents
+    x = latents
+    if x is None:
+        x = torch.randn(1, 4, h, w, generator=generator, dtype=torch.float32, device="cpu")
     x = x.to(model.device).expand(len(prompts), -1, -1, -1)
     sampler = make_scheduler(model, num_inference_steps, scheduler, eta, generator)
 

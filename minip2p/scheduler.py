@@ -46,8 +46,10 @@ def alpha_bars(
     num_train_timesteps: int = 1000, beta_start: float = 0.00085, beta_end: float = 0.012
 ) -> Tensor:
     """Compute ᾱ_t of every training timestep t. In SD's "scaled linear" schedule √β is linear."""
-    betas = torch.linspace(beta_start**0.5, beta_end**0.5, num_train_timesteps) ** 2
-    return torch.cumprod(1 - betas, dim=0)
+    root = torch.linspace(
+        beta_start**0.5, beta_end**0.5, num_train_timesteps, dtype=torch.float32, device="cpu"
+    )
+    return torch.cumprod(1 - root**2, dim=0)
 
 
 @runtime_checkable
@@ -92,7 +94,7 @@ class DDIM:
         self.stride = num_train_timesteps // steps
         self.alpha_bar = alpha_bars(num_train_timesteps, beta_start, beta_end)
         # SD was trained to end at ᾱ_0, a little noise above the clean latent.
-        self.last_alpha_bar = torch.tensor(1.0) if set_alpha_to_one else self.alpha_bar[0]
+        self.last_alpha_bar = self.alpha_bar.new_ones(()) if set_alpha_to_one else self.alpha_bar[0]
         self.eta, self.generator = eta, generator
 
     def alpha_bar_pair(self, t: int) -> tuple[Tensor, Tensor]:
@@ -115,7 +117,9 @@ class DDIM:
 
     def noise(self, t: int, x: Tensor) -> Tensor:
         """1 4 h w, of unit variance: the new noise of the step from timestep t."""
-        return torch.randn(1, *x.shape[1:], generator=self.generator).to(x)
+        shape = 1, *x.shape[1:]
+        rng = self.generator
+        return torch.randn(shape, generator=rng, dtype=torch.float32, device="cpu").to(x)
 
     def inverse_step(self, eps: Tensor, t: int, x: Tensor) -> Tensor:
         """x: b 4 h w, the latent at the level after timestep t → the latent at t.

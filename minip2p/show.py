@@ -26,7 +26,9 @@ COLUMNS = 8  # of word maps, before a new row
 NARROW = 96  # captions have at least this width
 # From nothing to the maximum, as in magma: dark, violet, red, yellow. Even steps of lightness.
 COLOURS = torch.tensor(
-    [[0, 0, 4], [81, 18, 124], [183, 55, 121], [252, 137, 97], [252, 253, 191.0]]
+    [[0, 0, 4], [81, 18, 124], [183, 55, 121], [252, 137, 97], [252, 253, 191]],
+    dtype=torch.float32,
+    device="cpu",
 )
 
 # Of each model's VAE: from latents and a 1 to colours in [-1, 1], 5 3
@@ -165,7 +167,8 @@ def latent_colours(vae: VAE, device: torch.device) -> Tensor:
 
     Patches of 4 x 4, since latents are of unit variance, but not white: white noise gives grey.
     """
-    noise = torch.randn(4, 4, 4, 4, generator=torch.Generator().manual_seed(0)).to(device)
+    rng = torch.Generator().manual_seed(0)
+    noise = torch.randn(4, 4, 4, 4, generator=rng, dtype=torch.float32, device="cpu").to(device)
     latents = F.interpolate(noise, scale_factor=4)  # b 4 16 16
     pixels = torch.cat([vae.decode(x) for x in latents.split(1)]).clamp(-1, 1)
     colours = F.avg_pool2d(pixels, vae.f).permute(0, 2, 3, 1)

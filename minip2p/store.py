@@ -53,7 +53,7 @@ class AttentionStore(Hook):
         self.begin([], (0, 0))
 
     def begin(
-        self, prompts: Sequence[Prompt], size: tuple[int, int], device: torch.device | None = None
+        self, prompts: Sequence[Prompt], size: tuple[int, int], device: torch.device | str = "cpu"
     ) -> None:
         """Forget the last run. size: the feature map that average() and word() take by default.
 
@@ -64,7 +64,9 @@ class AttentionStore(Hook):
         self.columns: Tensor | None = None  # b k n: which tokens each of `words` is
         if self.words is not None and prompts:
             check_words(self.words, prompts)
-            self.columns = torch.zeros(len(prompts), LENGTH, len(self.words), device=device)
+            self.columns = torch.zeros(
+                len(prompts), LENGTH, len(self.words), dtype=torch.float32, device=device
+            )
             for row, prompt in enumerate(prompts):
                 for column, word in enumerate(self.words):
                     self.columns[row, prompt.find(word), column] = 1

@@ -31,7 +31,9 @@ class Dims(NamedTuple):
 
 def timestep_embedding(t: Tensor, d: int) -> Tensor:
     """Sinusoids of geometrically spaced frequencies, cosines first, as trained. t: b → b d"""
-    freqs = torch.exp(-math.log(10000) * torch.arange(d // 2, device=t.device) / (d // 2))
+    freqs = torch.exp(
+        -math.log(10000) * torch.arange(d // 2, dtype=torch.float32, device=t.device) / (d // 2)
+    )
     angles = t[:, None].float() * freqs
     return torch.cat([angles.cos(), angles.sin()], dim=-1)
 

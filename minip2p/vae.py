@@ -142,7 +142,9 @@ class VAE(nn.Module):
         """
         mean, log_variance = self.quant_conv(self.encoder(images)).chunk(2, dim=1)
         if generator is not None:
-            noise = torch.randn(mean.shape, generator=generator).to(mean)
+            noise = torch.randn(
+                mean.shape, generator=generator, dtype=torch.float32, device=generator.device
+            ).to(mean)
             mean = mean + (log_variance.clamp(-30, 20) / 2).exp() * noise
         return mean * self.scaling_factor
 

@@ -17,6 +17,7 @@ from torch import Tensor
 
 import minip2p
 from minip2p import Inversion, LocalBlend, Refine, Reweight, WordSwap, invert
+from minip2p.sweep.measure import measure
 from world.scenes import Scene, draw
 
 BIRD, LION = "a photo of a bird", "a photo of a lion"
@@ -500,6 +501,44 @@ def test_a_model_that_overflows(model, bird, monkeypatch):
     for method in ("direct", "edit-friendly"):
         with pytest.raises(ValueError, match=r"The inversion became .* in float32"):
             invert(model, bird, BIRD, num_inference_steps=2, method=method)
+
+
+# ---- Defaults of torch ---------------------------------------------------------------------------
+
+
+def test_the_callers_defaults_of_torch_change_nothing(model, bird):
+    """Another default dtype or device is for the caller's own tensors."""
+
+    def numbers(model: minip2p.StableDiffusion) -> list[Tensor]:
+        edit = Reweight({"lion": 2.0}, WordSwap({"lion": 0.5}, local_blend=LocalBlend("lion")))
+        size = {"height": 64, "width": 64, "num_inference_steps": 2}
+        out = minip2p.generate(model, [BIRD, LION], edit=edit, eta=0.5, store=True, **size)
+        pictures = [*out.images, *minip2p.show.preview(model, out.latents)]
+        pictures.append(minip2p.show.word_maps(out.images[1], out.attention, 1))
+        source = invert(model, bird, BIRD, method="edit-friendly", **size)
+        edited = minip2p.generate(model, [BIRD, LION], edit=Refine(), source=source)
+        words = ["bird"], ["lion"]
+        measured = list(measure(*out.images, out.store, 1, words).values())
+        return [
+            out.latents,
+            out.attention.average(),
+            *(torch.from_numpy(np.array(image)) for image in pictures),
+            source.trajectory,
+            edited.latents,
+            torch.tensor(measured, dtype=torch.float64, device="cpu"),
+        ]
+
+    expected = numbers(model)
+    try:
+        for dtype in (torch.float64, torch.float16, torch.bfloat16):
+            torch.set_default_dtype(dtype)
+            assert all(map(torch.equal, numbers(model), expected)), dtype
+        torch.set_default_dtype(torch.float32)
+        torch.set_default_device("meta")
+        assert all(map(torch.equal, numbers(minip2p.load(device="cpu")), expected))
+    finally:
+        torch.set_default_dtype(torch.float32)
+        torch.set_default_device(None)
 
 
 # ---- Half precision ------------------------------------------------------------------------------

@@ -47,7 +47,8 @@ def measure(
     looks_source, looks_edit: the mean attention of the words in either. looks_iou: of both places.
     """
     x, y = (
-        torch.from_numpy(np.array(image)).permute(2, 0, 1)[None] / 255 for image in (source, edited)
+        torch.from_numpy(np.array(image)).permute(2, 0, 1)[None].float() / 255
+        for image in (source, edited)
     )
     found = {"changed": ((x - y).abs().amax(dim=1) > VISIBLE).float().mean().item()}
     rows = zip((0, r), words, strict=True)
@@ -60,7 +61,9 @@ def measure(
         names = ("looks_source", "looks_edit")
         found |= {n: m.mean().item() for n, m in zip(names, maps, strict=True) if m is not None}
         if len(there) == 2:
-            found["looks_iou"] = (places.all(dim=0).sum() / inside.sum().clamp(min=1)).item()
+            found["looks_iou"] = (
+                places.all(dim=0).sum().float() / inside.sum().clamp(min=1)
+            ).item()
     return {name: round(value, 5) for name, value in found.items()}
 
 
@@ -91,7 +94,7 @@ def compared(x: Tensor, y: Tensor, inside: Tensor) -> dict[str, float]:
 
 def ssim(x: Tensor, y: Tensor) -> Tensor:
     """Wang et al. 2004, eq. 13, around each pixel, in a Gaussian of 11 x 11. x, y: b c h w"""
-    taps = torch.exp(-(torch.arange(-5.0, 6.0) ** 2) / (2 * 1.5**2))
+    taps = torch.exp(-(torch.arange(-5, 6, dtype=x.dtype, device=x.device) ** 2) / (2 * 1.5**2))
     taps = taps / taps.sum()
     c = 5 * x.shape[0] * x.shape[1]
     every = torch.cat([x, y, x * x, y * y, x * y]).flatten(0, 1)[None]  # 1 5·b·c h w

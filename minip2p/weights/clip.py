@@ -103,6 +103,6 @@ def load_text_encoder(config: Config, state: dict[str, Tensor]) -> nn.Module:
         model.load_state_dict(named, strict=True, assign=True)
         # The one buffer that files do not hold (old ones do, and merges have damaged it there).
         embeddings = model.get_submodule(prefix + "embeddings")
-        positions = torch.arange(sizes["max_position_embeddings"])[None]
+        positions = torch.arange(sizes["max_position_embeddings"], device="cpu")[None]
         embeddings.register_buffer("position_ids", positions, persistent=False)
     return model.eval().requires_grad_(False)
