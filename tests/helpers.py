@@ -34,6 +34,38 @@ def noise(height: int = 16, width: int = 16, seed: int = 8888) -> Tensor:
     return torch.randn(1, 4, height, width, generator=torch.Generator().manual_seed(seed))
 
 
+def mapper_by_hand(
+    table: str, source_end: int, target_end: int, refine: bool = False
+) -> tuple[Tensor, Tensor]:
+    """Write down the mapper and `exists` of a table such as "1; 2 3 <- 2/2; 4-6; 7 <- own".
+
+    The notation is explained in test_align.py. source_end, target_end: positions of the end tokens.
+    refine: padding keeps its position instead of moving along with the end token. → 77 77, 77
+    """
+    mapper, exists = torch.zeros(77, 77), torch.ones(77)
+    mapper[0, 0] = 1
+    for part in filter(None, table.split("; ")):
+        to, _, sources = part.partition(" <- ")
+        if sources == "own":
+            exists[[int(j) for j in to.split()]] = 0
+        elif sources:
+            for i, _, share in (source.partition("/") for source in sources.split()):
+                mapper[int(i), [int(j) for j in to.split()]] = 1 / int(share or 1)
+        else:
+            first, _, last = to.partition("-")
+            for j in range(int(first), int(last or first) + 1):
+                mapper[j, j] = 1
+    mapper[source_end, target_end] = 1
+    if refine:
+        padding = max(source_end, target_end) + 1  # of both prompts begins here
+        mapper[range(padding, 77), range(padding, 77)] = 1
+        exists[target_end + 1 : padding] = 0
+    else:
+        for i in range(source_end + 1, 77):
+            mapper[i, min(target_end + i - source_end, 76)] = 1
+    return mapper, exists
+
+
 class Outcome(NamedTuple):
     """The exit status of a program and the text that it wrote."""
 
