@@ -2,7 +2,6 @@
 
 import subprocess
 import sys
-import time
 import warnings
 
 import models
@@ -331,12 +330,20 @@ def test_preview_changes_nothing_and_fits_once(model, monkeypatch):
 # --- progress ------------------------------------------------------------------------------------
 
 
-def test_the_time_left_is_said_from_the_first_call(model, capsys, monkeypatch):
+@pytest.fixture
+def clock(monkeypatch):
+    """The clock of progress bars, in seconds: it stands still until a test moves it."""
+    seconds = [0.0]
+    monkeypatch.setattr("tqdm.std.time", lambda: seconds[0])
+    return seconds
+
+
+def test_the_time_left_is_said_from_the_first_call(model, capsys, monkeypatch, clock):
     """Of slow calls and slow decoding, as SD's are on a CPU."""
 
     def slow(method, seconds):
         def call(*args, **settings):
-            time.sleep(seconds)
+            clock[0] += seconds
             return method(*args, **settings)
 
         return call
@@ -350,7 +357,7 @@ def test_the_time_left_is_said_from_the_first_call(model, capsys, monkeypatch):
     assert any(line.startswith("decoding: ") and " 1/2 [" in line for line in shown)
 
 
-def test_what_is_quick_shows_one_bar_and_what_is_silent_none(model, capsys):
+def test_what_is_quick_shows_one_bar_and_what_is_silent_none(model, capsys, clock):
     generate(model, [CAT, DOG], num_inference_steps=1, progress=True)
     assert "decoding" not in capsys.readouterr().err
     generate(model, [CAT, DOG], num_inference_steps=1)
