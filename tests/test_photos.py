@@ -6,7 +6,7 @@ import torch
 from PIL import Image
 
 import minip2p
-from world import photos
+from world import figures, photos
 from world.scenes import Drawn, Scene, draw
 
 
@@ -51,7 +51,7 @@ def test_no_scene_of_them_can_have_been_trained_on():
 
 def test_work_is_counted_in_rows():
     model = minip2p.load(device="cpu")
-    found = photos.Facts()
+    found = figures.Facts()
     pixels = model.sample_size[0] * model.vae.f
     drawn = [draw(Scene(noun, style="photo", layout=3), pixels) for noun in ("bird", "lion")]
     pair = photos.Pair(*drawn, "bird", "lion")
@@ -62,7 +62,7 @@ def test_work_is_counted_in_rows():
         (photos.Way("DDIM", 1, ["windows"], 2, photos.ddim(refinements=3)), 2 * (4 + 2)),
         (photos.Way("friendly", 3, ["windows"], 2, photos.friendly(3)), 2 * (2 + 3)),
     ):
-        results = photos.made(model, way, pair, *words, found)
+        results = photos.edited(model, way, pair, *words, found)
         ((name, edit),) = results.items()
         assert found[name]["work"] == [work] and edit.size == pair.given.image.size
     assert found["direct, 2, 3, windows"]["row 0"] == [60]

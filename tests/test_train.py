@@ -10,12 +10,13 @@ import torch
 from torch import nn
 
 import minip2p
+from minip2p import Layer
 from minip2p.weights.clip import load_tokenizer
-from world import train, vocabulary
+from world import model_folder, optimize, train, vocabulary
 from world.scenes import FULL, SMALL, sample
 
 TINY = replace(
-    train.PRESETS["small"],
+    model_folder.PRESETS["small"],
     scenes=24,
     vae_samples=8,
     vae_batch=4,
@@ -60,10 +61,10 @@ def line(steps: int, work: Path, fail_at: int | None = None) -> tuple[nn.Module,
         losses.append(value.item())
         return {"loss": value}
 
-    stage = train.Stage(
+    stage = optimize.Stage(
         "line", nn.ModuleDict({"line": module}), draw, loss, lambda: {}, steps * 8, 8, rate=0.2
     )
-    train.fit(stage, work, minutes=0)
+    optimize.fit(stage, work, minutes=0)
     return module, losses
 
 
@@ -90,9 +91,9 @@ def test_a_loss_that_is_no_number_ends_the_run(tmp_path):
         return {"loss": module.weight.sum() * factor}
 
     modules = nn.ModuleDict({"line": module})
-    stage = train.Stage("line", modules, draw, loss, lambda: {}, 100, 1, 0.1)
+    stage = optimize.Stage("line", modules, draw, loss, lambda: {}, 100, 1, 0.1)
     with pytest.raises(FloatingPointError, match=r"nan at step 30 of 100.*lower rate than 0.1"):
-        train.fit(stage, tmp_path, minutes=0)
+        optimize.fit(stage, tmp_path, minutes=0)
     saved = torch.load(tmp_path / "line.pt", weights_only=True)
     assert saved["step"] == 20 and saved["modules"]["line.weight"].isfinite().all()
 
@@ -113,8 +114,10 @@ def test_a_recorded_step_is_the_step_itself(tmp_path):
             return {"loss": ((module(x) - x.sum(dim=1, keepdim=True)) ** 2).mean()}
 
         modules = nn.ModuleDict({"line": module})
-        stage = train.Stage("line", modules, draw, loss, lambda: {}, 800, 8, 0.2, recorded=recorded)
-        train.fit(stage, work, minutes=0)
+        stage = optimize.Stage(
+            "line", modules, draw, loss, lambda: {}, 800, 8, 0.2, recorded=recorded
+        )
+        optimize.fit(stage, work, minutes=0)
         found.append(module.weight.detach().cpu())
     first, plain, _, recorded = found
     assert torch.allclose(plain, recorded, atol=1e-5)
@@ -132,7 +135,7 @@ def test_the_average_is_kept_not_the_last_weights(tmp_path):
 def test_muons_direction_is_the_nearest_orthogonal_matrix(shape):
     """Newton-Schulz, five steps, against the singular value decomposition."""
     x = torch.randn(shape, generator=torch.Generator().manual_seed(0))
-    found = train.orthogonal(x)
+    found = optimize.orthogonal(x)
     sizes = torch.linalg.svdvals(found)
     assert sizes.min() > 0.5 and sizes.max() < 1.3  # 1, roughly: that is all five steps do
     u, _, v = torch.linalg.svd(x, full_matrices=False)
@@ -145,7 +148,7 @@ def test_muon_steps_are_as_long_as_adamws_and_fit_a_kernel():
     rng = torch.Generator().manual_seed(0)
     for p in weights:
         p.grad = torch.randn(p.shape, generator=rng) * 1e-3  # its size does not matter
-    train.Muon(weights, lr=0.1).step()
+    optimize.Muon(weights, lr=0.1).step()
     for p in weights:
         assert p.square().mean().sqrt().item() == pytest.approx(0.02, rel=0.3)
         assert (p * p.grad).sum() < 0
@@ -155,10 +158,10 @@ def test_what_is_looked_up_is_left_to_adamw():
     modules = nn.ModuleDict(
         {"text": train.make_text_encoder(TINY, 50), "vae": train.make_vae(TINY)}
     )
-    stage = train.Stage("both", modules, lambda *_: [], lambda: {}, lambda: {}, 1, 1, 1e-3)
+    stage = optimize.Stage("both", modules, lambda *_: [], lambda: {}, lambda: {}, 1, 1, 1e-3)
     muon, adamw = (
         {id(p) for group in optimizer.param_groups for p in group["params"]}
-        for optimizer in train.make_optimizers(stage)
+        for optimizer in optimize.make_optimizers(stage)
     )
     for name, p in modules.named_parameters():
         assert id(p) in (muon if p.ndim > 1 and "embeddings" not in name else adamw), name
@@ -202,7 +205,7 @@ def test_word_maps_are_pulled_towards_the_masks():
     masks[..., 4:9, 3:12] = 1
     for _ in range(60):
         words = train.WordMaps(columns)
-        words(scores.softmax(dim=-1), train.Layer("", "up", True, 16, 16))
+        words(scores.softmax(dim=-1), Layer("", "up", True, 16, 16))
         words.loss(masks, torch.ones(1, 1)).backward()
         with torch.no_grad():
             scores -= 300 * scores.grad
@@ -219,7 +222,7 @@ def test_a_map_that_is_all_one_word_has_a_finite_loss():
     probs = torch.zeros(1, 1, 256, 77, dtype=torch.bfloat16)
     probs[..., 5] = 1
     words = train.WordMaps(columns)
-    words(probs.requires_grad_(), train.Layer("", "up", True, 16, 16))
+    words(probs.requires_grad_(), Layer("", "up", True, 16, 16))
     loss = words.loss(torch.zeros(1, 1, 16, 16), torch.ones(1, 1))
     loss.backward()
     assert loss.item() == pytest.approx(-torch.tensor(1e-4).log().item(), rel=1e-2)

@@ -16,7 +16,8 @@ from PIL import Image, ImageFilter
 from torch.nn import functional as F
 
 import minip2p
-from world import bench, detector, scenes, shared
+from minip2p import metrics
+from world import bench, detector, figures, parts, scenes, shared
 from world.glyphs import CELL, GLYPHS, THIN, glyph
 from world.scenes import FULL, SMALL, WORLDS, Scene, draw, sample
 
@@ -267,9 +268,11 @@ def test_the_detector_file_is_small():
 
 
 def test_intervals():
-    assert bench.share([True] * 8 + [False] * 2)[:3] == pytest.approx((0.8, 0.490, 0.943), abs=1e-3)
-    assert bench.share([True] * 5)[1:3] == pytest.approx((0.566, 1), abs=1e-3)
-    low, high = bench.mean(list(np.arange(100.0)))[1:3]
+    assert figures.share([True] * 8 + [False] * 2)[:3] == pytest.approx(
+        (0.8, 0.490, 0.943), abs=1e-3
+    )
+    assert figures.share([True] * 5)[1:3] == pytest.approx((0.566, 1), abs=1e-3)
+    low, high = figures.mean(list(np.arange(100.0)))[1:3]
     # 29.01 the standard deviation of 0 to 99, 1.96 that of a 95 % interval
     assert (low, high) == pytest.approx((49.5 - 1.96 * 2.901, 49.5 + 1.96 * 2.901), abs=0.5)
 
@@ -288,17 +291,17 @@ def test_what_is_outside_of_a_region_is_compared_alone():
 def test_ssim_is_one_for_equals_and_falls_with_noise():
     x = detector.to_tensor([draw(Scene("lion", layout=1), 64).image]) / 2 + 0.5
     noise = torch.randn(x.shape, generator=torch.Generator().manual_seed(0))
-    scores = [bench.ssim(x, x + amount * noise).mean().item() for amount in (0, 0.02, 0.1, 0.5)]
+    scores = [metrics.ssim(x, x + amount * noise).mean().item() for amount in (0, 0.02, 0.1, 0.5)]
     assert scores[0] == pytest.approx(1) and sorted(scores, reverse=True) == scores
     assert scores[-1] < 0.2
 
 
 def test_gradient_energy_is_the_squared_slope():
     ramp = torch.arange(8.0).expand(1, 3, 8, 8) / 4
-    assert bench.gradient_energy(ramp).tolist() == pytest.approx([1 / 16])
-    assert bench.gradient_energy(ramp + 2 * ramp.mT).tolist() == pytest.approx([5 / 16])
+    assert parts.gradient_energy(ramp).tolist() == pytest.approx([1 / 16])
+    assert parts.gradient_energy(ramp + 2 * ramp.mT).tolist() == pytest.approx([5 / 16])
     steps = ramp.round()
-    assert bench.gradient_energy(detector.blurred(steps, 2.0)) < bench.gradient_energy(steps) / 4
+    assert parts.gradient_energy(detector.blurred(steps, 2.0)) < parts.gradient_energy(steps) / 4
 
 
 def test_the_frechet_distance_of_known_distributions():
@@ -306,30 +309,30 @@ def test_the_frechet_distance_of_known_distributions():
     signs = torch.tensor([[1.0, 1], [1, -1], [-1, 1], [-1, -1]]) * (3 / 4) ** 0.5  # covariance I
     turn = torch.tensor([[0.8, -0.6], [0.6, 0.8]])
     a, b = signs * torch.tensor([1.0, 3]) @ turn, signs * torch.tensor([2.0, 5]) @ turn + 1
-    assert bench.frechet(a, a) == pytest.approx(0, abs=1e-6)
-    assert bench.frechet(a, b) == pytest.approx(2 + 1 + 4, rel=1e-6)
-    assert bench.frechet(a, b) == pytest.approx(bench.frechet(b, a), rel=1e-6)
+    assert metrics.frechet(a, a) == pytest.approx(0, abs=1e-6)
+    assert metrics.frechet(a, b) == pytest.approx(2 + 1 + 4, rel=1e-6)
+    assert metrics.frechet(a, b) == pytest.approx(metrics.frechet(b, a), rel=1e-6)
 
 
 def test_a_figure_of_all_items_has_an_interval():
     values = torch.arange(100.0)
-    found = bench.together(lambda v: float(v.mean()), values)
+    found = figures.together(lambda v: float(v.mean()), values)
     assert found.value == 49.5 and found.high - 49.5 == pytest.approx(1.96 * 2.89, rel=0.2)
-    assert bench.figure("any", [found]) is found
+    assert figures.figure("any", [found]) is found
 
 
 def test_the_page_shows_seeds_in_order_as_they_come(tmp_path, monkeypatch):
-    asked = []
+    drawn = []
 
     def generate(model, caption, seed, num_inference_steps):
-        asked.append((caption, seed))
+        drawn.append((caption, seed))
         return SimpleNamespace(images=[Image.new("RGB", (128, 128))])
 
     monkeypatch.setattr(minip2p, "generate", generate)
     model = minip2p.load(device="cpu")
     judged = bench.Bench(model, detector.Detector(SMALL))
-    judged.page(tmp_path / "page.jpg")
-    captions, seeds = zip(*asked, strict=True)
+    parts.page(judged, tmp_path / "page.jpg")
+    captions, seeds = zip(*drawn, strict=True)
     assert seeds == tuple(range(48)) and len(set(captions)) > 40
     assert all(set(caption.split()) <= set(model.vocabulary) for caption in captions)
     assert (tmp_path / "page.jpg").exists()
@@ -340,9 +343,10 @@ def test_a_word_of_weight_0_is_wrong_where_it_is_left(monkeypatch):
     sheets = []
     shown = {"subject": True, "object": False, "place": True}, {"object": True, "place": False}
     monkeypatch.setitem(bench.ITEMS, "reweight", (800_000, 2, 2))
-    monkeypatch.setattr(bench, "judge", lambda seen, i, scene: shown[i == 1])
+    monkeypatch.setattr(parts, "judge", lambda seen, i, scene: shown[i == 1])
     monkeypatch.setattr(bench.Bench, "save", lambda self, part, rows: sheets.extend(rows))
-    bench.Bench(minip2p.load(device="cpu"), detector.Detector(SMALL), steps=1).reweight()
+    judged = bench.Bench(minip2p.load(device="cpu"), detector.Detector(SMALL), steps=1)
+    parts.reweight(judged)
     (place, noun), object_ = sheets, sheets[1][0][1].split()[-3]
     assert [wrong for _, _, wrong in place] == [["no object"], [], ["no object"]]
     wrong = [["no object"], ["no place", f"still {object_}"], ["no object"]]
@@ -362,7 +366,7 @@ def test_a_map_is_localised_by_its_peak_and_its_half():
 def test_shares_of_a_part_are_the_whole_of_it():
     """As they are made by several workers: the same items with the same figures, each once."""
     judge = shared.Judge("emoji", True, 1, None)
-    alone = judge.bench.sweep()
+    alone = parts.sweep(judge.bench)
     notes = {}
     for i in (1, 0):
         [(row, _)] = judge.run([shared.Share({"part": "sweep", "i": i, "n": 2})])
@@ -373,9 +377,9 @@ def test_shares_of_a_part_are_the_whole_of_it():
 
 
 @pytest.fixture(scope="module")
-def tables() -> dict[str, bench.Table]:
-    parts = [part for part in bench.ITEMS if part != "sweep"]
-    return bench.Bench(minip2p.load(device="cpu"), detector.load(), quick=True).run(parts)
+def tables() -> dict[str, figures.Table]:
+    names = [part for part in bench.ITEMS if part != "sweep"]
+    return run(bench.Bench(minip2p.load(device="cpu"), detector.load(), quick=True), names)
 
 
 @pytest.mark.slow

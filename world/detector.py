@@ -1,4 +1,4 @@
-"""What a picture of the world shows, and where: the judge of EmojiBench, a small conv net.
+"""The judge of EmojiBench, a small conv net: which things a picture shows, and where.
 
     python -m world.detector                         renders scenes, learns, writes its file
     python -m world.detector --reconstruct FOLDER    half of them as that model's VAE draws them
@@ -56,8 +56,8 @@ def color_of(scene: Scene) -> str:
     colors = [name for name in adjectives(scene.object, scene.style) if name in COLORS]
     if not colors:
         return ""
-    own = BY_NATURE.get(scene.object, "natural")
-    return scene.adjective if scene.adjective in colors else own
+    natural = BY_NATURE.get(scene.object, "natural")
+    return scene.adjective if scene.adjective in colors else natural
 
 
 # ---- The net -------------------------------------------------------------------------------------
@@ -99,7 +99,7 @@ class Detector(nn.Module):
         nn.init.constant_(self.nouns.bias, -4)  # most cells are no thing
 
     def cells(self, x: Tensor) -> Tensor:
-        """→ b c 16 16"""
+        """Return the features of each cell. → b c 16 16"""
         x = self.stem(x)
         return self.end(x + F.interpolate(self.around(x), scale_factor=2))
 
@@ -110,15 +110,15 @@ class Detector(nn.Module):
 
     @torch.inference_mode()
     def features(self, pictures: Sequence[Image.Image] | Tensor) -> Tensor:
-        """Of each whole picture, what place and look are told by. → b c"""
+        """Return the features that tell place and look of each whole picture. → b c"""
         x = pictures if isinstance(pictures, Tensor) else to_tensor(pictures)
-        return torch.cat([self.cells(some).mean(dim=(2, 3)) for some in x.split(64)])
+        return torch.cat([self.cells(batch).mean(dim=(2, 3)) for batch in x.split(64)])
 
     @torch.inference_mode()
     def see(self, pictures: Sequence[Image.Image] | Tensor) -> "Seen":
-        """pictures: PIL images of any size, or b 3 128 128 in [-1, 1]"""
+        """Judge pictures: PIL images of any size, or b 3 128 128 from -1 to 1."""
         x = pictures if isinstance(pictures, Tensor) else to_tensor(pictures)
-        parts = [self(some) for some in x.split(64)]
+        parts = [self(batch) for batch in x.split(64)]
         nouns, hues, place, look = (torch.cat(p) for p in zip(*parts, strict=True))
         cells = nouns.sigmoid()
         return Seen(
@@ -133,7 +133,7 @@ class Detector(nn.Module):
 
 @dataclass
 class Seen:
-    """What a detector sees in b pictures. Pictures are named by their number."""
+    """The things that a detector sees in b pictures, which are named by their number."""
 
     nouns: tuple[str, ...]
     cells: Tensor  # b n 16 16: the probability that a cell shows a noun
@@ -149,7 +149,7 @@ class Seen:
         return [noun for noun in self.nouns if self.shows(picture, noun)]
 
     def mask(self, picture: int, noun: str) -> Tensor:
-        """→ 16 16, bool"""
+        """Return the cells of a thing. → 16 16, bool"""
         return self.cells[picture, self.nouns.index(noun)] > 0.5
 
     def masks(self, picture: int, nouns: Sequence[str]) -> Tensor:
@@ -163,7 +163,7 @@ class Seen:
 
 
 def to_tensor(pictures: Sequence[Image.Image], pixels: int = PIXELS) -> Tensor:
-    """b pictures of any size, averaged or smoothly enlarged → in [-1, 1]: b 3 h w"""
+    """Resize b pictures of any size, by averaging or smoothly. → b 3 h w, from -1 to 1"""
     ways = {True: Image.Resampling.BICUBIC, False: Image.Resampling.BOX}
     sized = [
         np.array(p.convert("RGB").resize((pixels, pixels), ways[p.width < pixels]))
@@ -199,26 +199,26 @@ class Renders:
 
 
 def render(detector: Detector, seeds: Iterable[int], drawing: Any = scenes) -> Renders:
-    """Scenes of any pair of nouns, trained on by the models or not.
+    """Draw scenes of any pair of nouns, whether the models were trained on them or not.
 
     drawing: the module that samples and draws them; an earlier one knows fewer words.
     """
     world = detector.world
     theirs = drawing.WORLDS[world.name]
-    found = [drawing.sample(theirs, seed, held_out=None) for seed in seeds]
-    pictures = torch.empty(len(found), 3, PIXELS, PIXELS, dtype=torch.uint8)
-    nouns = torch.zeros(len(found), len(world.nouns), CELLS, CELLS, dtype=torch.bool)
-    hues = torch.full((len(found), CELLS, CELLS), NONE)
-    for i, scene in enumerate(found):
+    scenes_drawn = [drawing.sample(theirs, seed, held_out=None) for seed in seeds]
+    pictures = torch.empty(len(scenes_drawn), 3, PIXELS, PIXELS, dtype=torch.uint8)
+    nouns = torch.zeros(len(scenes_drawn), len(world.nouns), CELLS, CELLS, dtype=torch.bool)
+    hues = torch.full((len(scenes_drawn), CELLS, CELLS), NONE)
+    for i, scene in enumerate(scenes_drawn):
         drawn = drawing.draw(scene, PIXELS)
         pictures[i] = torch.from_numpy(np.array(drawn.image)).permute(2, 0, 1)
         for noun, mask in drawn.masks.items():
             nouns[i, world.nouns.index(noun)] = covered(mask)
         if color := color_of(scene):
             hues[i, covered(drawn.masks[scene.object])] = HUES.index(color)
-    places = torch.tensor([world.places.index(scene.place) for scene in found])
-    looks = torch.tensor([detector.looks.index(look_of(scene)) for scene in found])
-    return Renders(found, pictures, nouns, hues, places, looks)
+    places = torch.tensor([world.places.index(scene.place) for scene in scenes_drawn])
+    looks = torch.tensor([detector.looks.index(look_of(scene)) for scene in scenes_drawn])
+    return Renders(scenes_drawn, pictures, nouns, hues, places, looks)
 
 
 def both(a: Renders, b: Renders) -> Renders:
@@ -228,7 +228,7 @@ def both(a: Renders, b: Renders) -> Renders:
 
 
 def earlier(checkout: Path) -> Any:
-    """world/scenes.py of another checkout, beside this one."""
+    """Import world/scenes.py of another checkout."""
     folder = checkout / "world"
     spec = spec_from_file_location(
         "earlier_world", folder / "__init__.py", submodule_search_locations=[str(folder)]
@@ -248,11 +248,11 @@ def covered(mask: np.ndarray) -> Tensor:
 
 @torch.inference_mode()
 def reconstruct(model: minip2p.StableDiffusion, pictures: Tensor) -> Tensor:
-    """The pictures, bytes, as a model's VAE draws them at its own size."""
+    """Encode and decode pictures, bytes, with a model's VAE at its own size."""
     size = model.sample_size[0] * model.vae.f
     parts = []
-    for some in pictures.split(32):
-        x = F.interpolate(some / 127.5 - 1, (size, size), mode="area")
+    for batch in pictures.split(32):
+        x = F.interpolate(batch / 127.5 - 1, (size, size), mode="area")
         y = model.vae.decode(model.vae.encode(x))
         y = F.interpolate(y, pictures.shape[2:], mode="bicubic", antialias=True)
         parts.append(((y.clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8))
@@ -265,7 +265,7 @@ def amount(x: Tensor, low: float, high: float, rng: torch.Generator) -> Tensor:
 
 
 def worsen(x: Tensor, rng: torch.Generator) -> Tensor:
-    """Bent, blurred, pale and noisy, each picture by its own amount: all can still be told."""
+    """Bend, blur, fade and add noise, each picture by its own amount; things stay recognisable."""
     x = melted(x, amount(x, 0, FINE, rng), rng)
     x = x.lerp(blurred(x, CRISP), amount(x, 0, 1, rng))
     x = x * amount(x, 0.75, 1.15, rng) + amount(x, -0.1, 0.1, rng)
@@ -282,10 +282,10 @@ def spoil(x: Tensor, nouns: Tensor, rng: torch.Generator) -> tuple[Tensor, Tenso
     bad = blurred(bad, 0.8 + (CRISP - 0.3) * little)
     fog = blurred(x, MUSH * (1 + much))
     bad = torch.where(torch.rand(len(x), 1, 1, 1, generator=rng) < 0.7, bad, fog)
-    there = nouns.amax(dim=(2, 3))  # b n
-    chosen = (there * (0.1 + torch.rand(there.shape, generator=rng))).argmax(dim=1)
-    hit = F.one_hot(chosen, there.shape[1]).to(nouns) * there
-    hit[: len(x) // 2] = there[: len(x) // 2]
+    present = nouns.amax(dim=(2, 3))  # b n
+    chosen = (present * (0.1 + torch.rand(present.shape, generator=rng))).argmax(dim=1)
+    hit = F.one_hot(chosen, present.shape[1]).to(nouns) * present
+    hit[: len(x) // 2] = present[: len(x) // 2]
     region = (nouns * hit[:, :, None, None]).amax(dim=1, keepdim=True)  # b 1 16 16
     region = F.max_pool2d(region, 3, stride=1, padding=1)
     soft = F.interpolate(region, x.shape[2:], mode="bilinear")
@@ -356,7 +356,7 @@ def train(detector: Detector, renders: Renders, steps: int, batch: int = 48) -> 
 
 
 def check(detector: Detector, renders: Renders, pictures: Tensor | None = None) -> dict[str, float]:
-    """Shares of what is judged rightly. pictures: those of the scenes, drawn otherwise; bytes"""
+    """Return the shares of right judgements. pictures: of the scenes, drawn otherwise, as bytes"""
     pictures = renders.pictures if pictures is None else pictures
     seen = detector.see(pictures / 127.5 - 1)
     nouns = detector.world.nouns
@@ -401,41 +401,45 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--before", type=Path, metavar="CHECKOUT", help="an earlier world, too")
     parser.add_argument("--on", type=Path, metavar="FILE", help="a detector that learns on")
     parser.add_argument("--out", type=Path, default=FILE)
-    given = parser.parse_args(arguments)
+    options = parser.parse_args(arguments)
 
     torch.manual_seed(0)
-    detector = Detector(WORLDS[given.world])
-    if given.on:
-        detector.load_state_dict(load(given.on).state_dict())
+    detector = Detector(WORLDS[options.world])
+    if options.on:
+        detector.load_state_dict(load(options.on).state_dict())
     print(f"{sum(p.numel() for p in detector.parameters()):,} parameters")
-    n = given.renders // 2 if given.before else given.renders
+    n = options.renders // 2 if options.before else options.renders
     renders = render(detector, range(TRAINING, TRAINING + n))
-    fresh = render(detector, range(CHECK, CHECK + max(1, given.renders // 12)))
+    fresh = render(detector, range(CHECK, CHECK + max(1, options.renders // 12)))
     worse = worsen(fresh.pictures / 127.5 - 1, torch.Generator().manual_seed(1))
     pictures = {
         "renders": fresh.pictures,
         "worsened": ((worse + 1) * 127.5).round().to(torch.uint8),
     }
-    if given.before:
-        theirs = render(detector, range(TRAINING, TRAINING + n), earlier(given.before))
+    if options.before:
+        theirs = render(detector, range(TRAINING, TRAINING + n), earlier(options.before))
         renders = both(renders, theirs)
-    if given.reconstruct:
-        model = minip2p.load(given.reconstruct)
+    if options.reconstruct:
+        model = minip2p.load(options.reconstruct)
         renders.pictures[::2] = reconstruct(model, renders.pictures[::2])
         pictures["reconstructed"] = reconstruct(model, fresh.pictures)
 
-    train(detector, renders, given.steps)
+    train(detector, renders, options.steps)
     detector.half().float().eval()  # as the file will have it
-    figures = {kind: check(detector, fresh, some) for kind, some in pictures.items()}
+    figures = {kind: check(detector, fresh, drawn) for kind, drawn in pictures.items()}
     print(f"{len(fresh.scenes)} fresh scenes" + "".join(f"{kind:>15}" for kind in figures))
     for what in figures["renders"]:
         print(f"{what:<25}" + "".join(f"{100 * f[what]:13.2f} %" for f in figures.values()))
 
     state = {name: tensor.half().contiguous() for name, tensor in detector.state_dict().items()}
-    about: dict[str, Any] = {"world": vars(detector.world), "hues": HUES, "looks": detector.looks}
-    about |= {"figures": figures, "steps": given.steps, "renders": given.renders}
-    save_file(state, given.out, {key: json.dumps(value) for key, value in about.items()})
-    print(given.out)
+    metadata: dict[str, Any] = {
+        "world": vars(detector.world),
+        "hues": HUES,
+        "looks": detector.looks,
+    }
+    metadata |= {"figures": figures, "steps": options.steps, "renders": options.renders}
+    save_file(state, options.out, {key: json.dumps(value) for key, value in metadata.items()})
+    print(options.out)
 
 
 if __name__ == "__main__":

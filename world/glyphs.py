@@ -56,13 +56,13 @@ def draw_sheet(font_file: str = FONT) -> Image.Image:
     rows = -(-len(GLYPHS) // COLUMNS)
     whole = Image.new("RGBA", (COLUMNS * CELL, rows * CELL))
     for i, (name, text) in enumerate(GLYPHS.items()):
-        one = Image.new("RGBA", (170, 170))
-        ImageDraw.Draw(one).text((10, 10), text, font=font, embedded_color=True)
-        one = one.crop(one.getbbox())
+        picture = Image.new("RGBA", (170, 170))
+        ImageDraw.Draw(picture).text((10, 10), text, font=font, embedded_color=True)
+        picture = picture.crop(picture.getbbox())
         if name in THIN:
-            one = thickened(one, THIN[name])
-        one.thumbnail((CELL, CELL), Image.Resampling.LANCZOS)
-        whole.paste(one, (i % COLUMNS * CELL, i // COLUMNS * CELL))
+            picture = thickened(picture, THIN[name])
+        picture.thumbnail((CELL, CELL), Image.Resampling.LANCZOS)
+        whole.paste(picture, (i % COLUMNS * CELL, i // COLUMNS * CELL))
     return whole
 
 

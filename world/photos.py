@@ -27,7 +27,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor
@@ -35,12 +34,13 @@ from torch.nn import functional as F
 from tqdm import tqdm
 
 import minip2p
-from minip2p import LocalBlend, WordSwap
+from minip2p import LocalBlend, WordSwap, metrics
 from minip2p.invert import invert
 from minip2p.vae import to_images
 
-from .bench import STEPS, Bench, Facts, iou, written
+from .bench import STEPS, Bench
 from .detector import covered, load
+from .figures import Facts, written
 from .scenes import Drawn, Scene, draw
 
 
@@ -56,12 +56,12 @@ class Way:
     negative: bool = False  # the source's prompt in place of the empty one (Miyake et al. 2023)
 
 
-def ddim(**more: Any) -> dict[str, Any]:
-    return {"method": "ddim", **more}
+def ddim(**options: Any) -> dict[str, Any]:
+    return {"method": "ddim", **options}
 
 
-def friendly(guidance: float, **more: Any) -> dict[str, Any]:
-    return {"method": "edit-friendly", "guidance_scale": guidance, **more}
+def friendly(guidance: float, **options: Any) -> dict[str, Any]:
+    return {"method": "edit-friendly", "guidance_scale": guidance, **options}
 
 
 DIRECT = Way("direct", 3)
@@ -88,7 +88,7 @@ WAYS = (
 
 
 def measure(bench: Bench, ways: Sequence[Way] = CHOSEN, n: int | None = None) -> Facts:
-    """Every picture, every way. n: how many pictures, instead of the bench's."""
+    """Edit every picture in every way. n: the number of pictures, instead of the bench's."""
     facts, sheet = Facts(), []
     scenes = bench.scenes("photos", n or bench.items("photos"), bench.swaps)
     for scene in tqdm(scenes, desc="photos"):
@@ -96,21 +96,21 @@ def measure(bench: Bench, ways: Sequence[Way] = CHOSEN, n: int | None = None) ->
         target, old, new = options[scene.layout % len(options)]
         pixels = bench.model.sample_size[0] * bench.model.vae.f
         pair = Pair(draw(scene, pixels), draw(target, pixels), old, new)
-        results: dict[str, Image.Image] = {"the input": pair.given.image}
+        results: dict[str, Image.Image] = {"the input": pair.photo.image}
         for way in ways:
-            results |= made(bench.model, way, pair, scene.caption, target.caption, facts)
+            results |= edited(bench.model, way, pair, scene.caption, target.caption, facts)
         seen = bench.detector.see([*results.values(), pair.true.image])
         row = [(pair.true.image, f"the truth: {new}", [])]
         for i, (name, image) in enumerate(results.items()):
             note = facts[name]
-            there, gone = seen.shows(i, new), not seen.shows(i, old)
-            note["new there"].append(there)
-            note["old gone"].append(gone)
-            note["background"].append(psnr(image, pair.given.image, ~pair.changed))
+            shows_new, lost_old = seen.shows(i, new), not seen.shows(i, old)
+            note["new there"].append(shows_new)
+            note["old gone"].append(lost_old)
+            note["background"].append(psnr(image, pair.photo.image, ~pair.changed))
             note["to truth"].append(psnr(image, pair.true.image))
             note["in the thing"].append(psnr(image, pair.true.image, pair.changed))
-            note["IoU"].append(iou(seen.mask(i, new), covered(pair.true.masks[new])))
-            wrong = [f"no {new}"] * (not there) + [f"still {old}"] * (not gone)
+            note["IoU"].append(metrics.iou(seen.mask(i, new), covered(pair.true.masks[new])))
+            wrong = [f"no {new}"] * (not shows_new) + [f"still {old}"] * (not lost_old)
             wrong = [] if name == "the input" else wrong
             row.append((image, f"{name}, {note['background'][-1]:.1f} dB", wrong))
         ceilings(bench, pair, facts)
@@ -123,24 +123,24 @@ def measure(bench: Bench, ways: Sequence[Way] = CHOSEN, n: int | None = None) ->
 class Pair:
     """A picture, and the same scene with one noun exchanged."""
 
-    given: Drawn
+    photo: Drawn
     true: Drawn
     old: str
     new: str
 
     @property
     def changed(self) -> Tensor:
-        """h w, bool: where either thing is, and a twentieth of the width around."""
-        things = torch.from_numpy(self.given.masks[self.old] + self.true.masks[self.new])
+        """Return where either thing is, and a twentieth of the width around. → h w, bool"""
+        things = torch.from_numpy(self.photo.masks[self.old] + self.true.masks[self.new])
         reach = round(things.shape[1] / 20)
         near = F.max_pool2d((things[None] > 0).float(), 2 * reach + 1, stride=1, padding=reach)
         return near[0] > 0
 
 
-def made(
+def edited(
     model: minip2p.StableDiffusion, way: Way, pair: Pair, prompt: str, target: str, facts: Facts
 ) -> dict[str, Image.Image]:
-    """One picture for each edit of a way, and what can be told without a detector."""
+    """Make one picture for each edit of a way, and note what needs no detector."""
     blend = LocalBlend(pair.old)
     edits = {
         "windows": WordSwap(),
@@ -150,7 +150,7 @@ def made(
     settings = {"guidance_scale": way.guidance, "negative_prompt": prompt if way.negative else ""}
     with counted(model) as inverting:
         source = invert(
-            model, pair.given.image, prompt, num_inference_steps=way.steps, **way.inversion
+            model, pair.photo.image, prompt, num_inference_steps=way.steps, **way.inversion
         )
     results = {}
     for kind in way.edits:
@@ -167,7 +167,7 @@ def made(
 
 @contextmanager
 def counted(model: minip2p.StableDiffusion) -> Iterator[list[int]]:
-    """How many rows each UNet call has."""
+    """Count the rows of each UNet call."""
     rows: list[int] = []
     hook = model.unet.register_forward_pre_hook(lambda _, args: rows.append(len(args[0])))
     try:
@@ -177,8 +177,8 @@ def counted(model: minip2p.StableDiffusion) -> Iterator[list[int]]:
 
 
 def ceilings(bench: Bench, pair: Pair, facts: Facts) -> None:
-    """What the VAE alone loses, of the input and of the truth."""
-    for name, drawn in (("the VAE alone", pair.given), ("the truth through the VAE", pair.true)):
+    """Measure what the VAE alone loses of the input and of the truth."""
+    for name, drawn in (("the VAE alone", pair.photo), ("the truth through the VAE", pair.true)):
         pixels = minip2p.picture.read(drawn.image, drawn.image.size).tensor()
         with torch.inference_mode():
             latent = bench.model.vae.encode(pixels.to(bench.model.device))
@@ -189,17 +189,14 @@ def ceilings(bench: Bench, pair: Pair, facts: Facts) -> None:
 
 
 def psnr(a: Image.Image, b: Image.Image, where: Tensor | None = None) -> float:
-    """In dB, at most 60; nan where nothing is. where: h w, bool"""
-    x, y = (torch.from_numpy(np.array(image)).double() / 255 for image in (a, b))  # h w 3
-    error = (x - y).square().mean(dim=2)
+    """Return PSNR in dB, at most 60; nan for an empty region. where: h w, bool"""
+    error = metrics.squared_error(*(metrics.to_pixels(image).double() for image in (a, b)))[0]
     error = error if where is None else error[where]
-    if not error.numel():
-        return math.nan
-    return float(-10 * torch.log10(error.mean().clamp(min=1e-6)))
+    return metrics.psnr(error.mean(), highest=60) if error.numel() else math.nan
 
 
 def costs(model: minip2p.StableDiffusion, rounds: int = 7) -> Facts:
-    """Seconds of wall clock, all ways in turn in each round, the first of which does not count."""
+    """Measure seconds of wall clock, all ways in turn in each round; the first does not count."""
     facts, image = Facts(), draw(Scene("bird", style="photo", layout=1)).image
     prompts = ["a photo of a bird", "a photo of a lion"]
     edit, steps = WordSwap(local_blend=LocalBlend("bird")), {"num_inference_steps": STEPS}
@@ -217,9 +214,9 @@ def costs(model: minip2p.StableDiffusion, rounds: int = 7) -> Facts:
                 if how is not None:
                     source = invert(model, image, prompts[0], **steps, **how)
                 inverted, upward = time.perf_counter(), sum(rows)
-                asked = {} if source else steps
+                settings = {} if source else steps
                 minip2p.generate(
-                    model, prompts, edit=edit, source=source, guidance_scale=3, **asked
+                    model, prompts, edit=edit, source=source, guidance_scale=3, **settings
                 )
             done = time.perf_counter()
             if n:
@@ -237,14 +234,14 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--quick", action="store_true", help="few pictures, two ways")
     parser.add_argument("--costs", action="store_true", help="seconds instead")
     parser.add_argument("--pictures", type=Path, metavar="FOLDER", help="what was judged, to see")
-    given = parser.parse_args(arguments)
-    model = minip2p.load(given.model)
-    if given.costs:
+    options = parser.parse_args(arguments)
+    model = minip2p.load(options.model)
+    if options.costs:
         facts = costs(model)
     else:
-        bench = Bench(model, load(), given.quick, folder=given.pictures)
-        few = given.quick or given.many
-        facts = measure(bench, CHOSEN if few else WAYS, MANY if given.many else None)
+        bench = Bench(model, load(), options.quick, folder=options.pictures)
+        few = options.quick or options.many
+        facts = measure(bench, CHOSEN if few else WAYS, MANY if options.many else None)
     print(written(facts.table()))
 
 

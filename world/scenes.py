@@ -41,7 +41,7 @@ HELD_OUT = 8  # one in so many pairs of subject and object is never trained on
 
 @dataclass(frozen=True)
 class World:
-    """What its scenes are made of."""
+    """The nouns, relations, places and styles of a world."""
 
     name: str
     animals: tuple[str, ...] = tuple(ANIMALS)
@@ -81,7 +81,7 @@ WORLDS = {world.name: world for world in (FULL, SMALL)}
 
 @dataclass(frozen=True)
 class Scene:
-    """What a picture shows. Empty strings: nothing of the kind."""
+    """The content of a picture. An empty string means none of the kind."""
 
     subject: str
     relation: str = ""
@@ -106,7 +106,7 @@ class Scene:
 
     @property
     def held_out(self) -> bool:
-        """Whether this subject with this object is kept from training."""
+        """Tell whether this subject with this object is kept from training."""
         pair = f"{self.subject}+{self.object}"
         return bool(self.object) and zlib.crc32(pair.encode()) % HELD_OUT == 3
 
@@ -118,7 +118,7 @@ def article(noun: str) -> str:
 
 
 def sample(world: World, seed: int, held_out: bool | None = False) -> Scene:
-    """A random scene. held_out: only pairs that training sees, only others (True), any (None)."""
+    """Draw a random scene. held_out: pairs that training sees, only others (True), any (None)."""
     rng = random.Random(f"scene {world.name} {seed}")
     while True:
         weights = [OFTEN[relation] for relation in world.relations]
@@ -141,7 +141,7 @@ def sample(world: World, seed: int, held_out: bool | None = False) -> Scene:
 
 
 def adjectives(noun: str, style: str) -> list[str]:
-    """What can be said of a thing. Foods keep their own colours, and a sketch has none."""
+    """List the adjectives of a thing. Foods keep their own colours, and a sketch has none."""
     if not noun:
         return [""]
     colored = noun in (*VEHICLES, *FURNITURE) and style != "sketch"
@@ -153,7 +153,7 @@ class Drawn(NamedTuple):
     masks: dict[str, np.ndarray]  # of each noun: h w, how much of each pixel is it, 0 to 1
 
     def box(self, noun: str) -> tuple[int, int, int, int]:
-        """left, top, right, bottom of what can be seen of it, in pixels; the last two exclusive."""
+        """Return left, top, right, bottom of its visible part in pixels, the last two exclusive."""
         ys, xs = np.nonzero(self.masks[noun] > 0.5)
         return int(xs.min()), int(ys.min()), int(xs.max()) + 1, int(ys.max()) + 1
 
@@ -186,7 +186,7 @@ def draw(scene: Scene, pixels: int = CANVAS) -> Drawn:
 
 
 def average(mask: np.ndarray, size: int) -> np.ndarray:
-    """h w → size size, by means of square blocks."""
+    """Average square blocks. h w → size size"""
     k = mask.shape[0] // size
     return mask.reshape(size, k, size, k).mean(axis=(1, 3))
 
@@ -314,7 +314,7 @@ def flat(color: Color, height: int = CANVAS) -> Image.Image:
 
 
 def ramp(top: Color, bottom: Color, height: int) -> Image.Image:
-    """A vertical change from one colour to another."""
+    """Paint a vertical gradient from one colour to another."""
     mask = Image.linear_gradient("L").resize((CANVAS, height))
     return Image.composite(flat(bottom, height), flat(top, height), mask)
 
@@ -362,7 +362,7 @@ def painting(canvas: Image.Image) -> Image.Image:
 
 
 def sketch(canvas: Image.Image) -> Image.Image:
-    """Pencil: dark where it is darker than around it, on white paper, and a little shaded."""
+    """Draw in pencil: dark where it is darker than around it, on white paper, a little shaded."""
     grey = np.asarray(ImageOps.grayscale(canvas), dtype=np.float32) + 8
     around = np.asarray(ImageOps.grayscale(canvas.filter(ImageFilter.GaussianBlur(4)))) + 8.0
     lines = np.minimum(1, grey / around) ** 1.6

@@ -39,7 +39,7 @@ START, END = "<|startoftext|>", "<|endoftext|>"
 
 
 def byte_symbols() -> list[str]:
-    """CLIP writes every byte as one printable character: itself, or one from U+0100 on."""
+    """Map every byte to one printable character, as CLIP does: itself, or one from U+0100 on."""
     printable = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
     return [*map(chr, printable), *(chr(0x100 + n) for n in range(0x100 - len(printable)))]
 
