@@ -18,6 +18,7 @@ from torch.nn import functional as F
 import minip2p
 from minip2p import metrics
 from world import bench, detector, figures, parts, scenes, shared
+from world.__main__ import run
 from world.glyphs import CELL, GLYPHS, THIN, glyph
 from world.scenes import FULL, SMALL, WORLDS, Scene, draw, sample
 
