@@ -10,6 +10,7 @@ from .explain import explain
 from .invert import Inversion, invert
 from .linear_edit import LinearEdit, SourceMaps
 from .pipeline import Result, denoise, generate
+from .run import Run, SourcePicture
 from .scheduler import DDIM, PNDM, Scheduler
 from .store import AttentionStore
 from .weights import StableDiffusion, WeightsError, load
@@ -29,8 +30,10 @@ __all__ = [
     "Refine",
     "Result",
     "Reweight",
+    "Run",
     "Scheduler",
     "SourceMaps",
+    "SourcePicture",
     "StableDiffusion",
     "UserError",
     "WeightsError",

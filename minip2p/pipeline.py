@@ -21,6 +21,7 @@ from .attention import CachedContext, Chain, Hook, PromptRows, Size
 from .edit import Edits, PromptToPrompt, bind
 from .errors import UserError
 from .progress import tqdm
+from .record import record
 from .scheduler import Scheduler, make_scheduler
 from .unet import UNet
 from .vae import to_images
@@ -74,7 +75,7 @@ class Result:
     images: list[Image.Image]  # empty with decode=False
     latents: Tensor  # b 4 h w, float32, on the model's device
     store: Any  # the AttentionStore, or None
-    settings: dict[str, Any] = field(repr=False)  # what repeats the run, or says that it can't
+    run: dict[str, Any] = field(repr=False)  # plain data: `Run.from_dict` repeats the run from it
     edit: PromptToPrompt | None = field(default=None, repr=False)  # as bound to the prompts
     source: Any = field(default=None, repr=False)  # the Inversion that was given, or None
 
@@ -174,9 +175,10 @@ def generate(
     images = decode_latents(model, x, progress) if decode else []
     size = w * model.vae.f, h * model.vae.f
     arguments = prompts, negative_prompt, edit, hooks, seed, latents, scheduler
-    recorded = settings.recorded(*arguments, sampler, guidance, source, size)
+    dtype = str(model.dtype).removeprefix("torch.")
+    run = record(*arguments, sampler, guidance, source, size, dtype)
     # A copy, for the store may see more runs.
-    return Result(images, x, copy.copy(store), recorded, hook, source)
+    return Result(images, x, copy.copy(store), run, hook, source)
 
 
 def bind_edit(

@@ -1,39 +1,75 @@
-"""What `generate` is asked for: checked, completed by what the model recommends, and recorded."""
+"""The settings of a run: their bounds, their checks, and the model's defaults."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import fields
-from typing import Any
+from collections.abc import Sequence
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from .attention import Hook
-from .blend import LocalBlend
-from .edit import PromptEdit, Refine, Reweight, WordSwap
-from .errors import check, describe, is_number, is_whole
-from .scheduler import Scheduler
+from .errors import UserError, check, describe, is_number, is_whole
 from .weights import StableDiffusion
 
 
+class Bounds(NamedTuple):
+    """The least and the greatest value of a number, both allowed."""
+
+    low: float
+    high: float
+    is_whole: bool = False
+
+    def read(self, value: Any, name: str = "it") -> Any:
+        """Return the value as Python's own int or float. Raises UserError if it is out of bounds.
+
+        name: what the error's sentence calls it.
+        """
+        kind, fits = ("whole number", is_whole) if self.is_whole else ("number", is_number)
+        check(
+            fits(value) and self.low <= value <= self.high,
+            f"{name} must be a {kind} from {self.low} to {self.high}, not {describe(value)}.",
+        )
+        return int(value) if self.is_whole else float(value)
+
+
+# By the names of generate's arguments, wherever a number comes from: Python, an option, a file, a
+# widget. The largest sides still fail for lack of memory, but with a sentence.
+BOUNDS = {
+    "num_inference_steps": Bounds(1, 999, is_whole=True),
+    "guidance_scale": Bounds(-1000, 1000),
+    "seed": Bounds(0, 2**63 - 1, is_whole=True),
+    "eta": Bounds(0, 1),
+    "height": Bounds(1, 16384, is_whole=True),
+    "width": Bounds(1, 16384, is_whole=True),
+    "skip": Bounds(0, 998, is_whole=True),
+    "refinements": Bounds(0, 99, is_whole=True),
+}
+
+
+def defaults_of(model: StableDiffusion) -> dict[str, Any]:
+    """Return what the model recommends for every setting of a run that is left open."""
+    height, width = model.sample_size
+    return model.defaults | {"height": height * model.vae.f, "width": width * model.vae.f}
+
+
 def choose(model: StableDiffusion, name: str, value: Any) -> Any:
-    """Return the caller's value, or where it is None what the model recommends."""
+    """Return the caller's value, or what the model recommends where it is None."""
     return model.defaults[name] if value is None else value
 
 
 def list_of(prompts: Any) -> list[str]:
-    """Raises ValueError unless it is a prompt, or a list, tuple or array of prompts."""
-    several = prompts.tolist() if isinstance(prompts, np.ndarray) else prompts
-    several = [several] if isinstance(several, str) else several
+    """Return a list of prompts. Raises UserError unless it is a prompt, or a sequence of them."""
+    sequence = prompts.tolist() if isinstance(prompts, np.ndarray) else prompts
+    sequence = [sequence] if isinstance(sequence, str) else sequence
     check(
-        isinstance(several, Sequence) and several,
+        isinstance(sequence, Sequence) and sequence,
         f"Give a prompt or a list of prompts, not {describe(prompts)}.",
     )
-    for prompt in several:
+    for prompt in sequence:
         check(isinstance(prompt, str), f"A prompt is a string, not {describe(prompt)}.")
-    return [str(prompt) for prompt in several]  # numpy has strings of its own
+    return [str(prompt) for prompt in sequence]  # numpy has strings of its own
 
 
 def check_settings(
@@ -44,19 +80,18 @@ def check_settings(
         isinstance(negative_prompt, str),
         f"The negative prompt is one string for all prompts, not {describe(negative_prompt)}.",
     )
-    instead = ""
     if isinstance(seed, torch.Generator):
-        instead = ": give its initial_seed(), or latents=torch.randn(1, 4, h, w, generator=...)"
-    elif isinstance(seed, list | tuple | range | np.ndarray | Tensor):
-        instead = ": for several pictures, call generate once for each seed"
-    check(
-        is_whole(seed) and 0 <= seed < 2**63,
-        f"The seed must be a whole number from 0 to 2**63 - 1, not {describe(seed)}{instead}.",
-    )
-    check(
-        is_number(guidance_scale),
-        f"The guidance scale must be a finite number, not {guidance_scale!r}.",
-    )
+        raise UserError(
+            "The seed must be a whole number, not a torch.Generator: give its initial_seed(), or "
+            "latents=torch.randn(1, 4, h, w, generator=...)."
+        )
+    if isinstance(seed, list | tuple | range | np.ndarray | Tensor):
+        raise UserError(
+            f"The seed must be one whole number, not {describe(seed)}: for several pictures, call "
+            "generate once for each seed."
+        )
+    BOUNDS["seed"].read(seed, "The seed")
+    BOUNDS["guidance_scale"].read(guidance_scale, "The guidance scale")
     check(
         isinstance(store, bool | None) or hasattr(store, "before_edit"),
         f"store is True, False or an AttentionStore, not {describe(store)}.",
@@ -89,9 +124,9 @@ def check_source(source: Any) -> None:
 
 
 def as_latents(latents: Any, b: int) -> Tensor | None:
-    """The noise of b prompts, given as a tensor or an array, in float32; None if it is not given.
+    """Return the noise that b prompts start from in float32: 1 or b, 4 h w. None stays None.
 
-    Raises ValueError unless it can be that.
+    Raises UserError unless it is a tensor or an array of that shape with finite numbers.
     """
     if latents is None:
         return None
@@ -102,7 +137,7 @@ def as_latents(latents: Any, b: int) -> Tensor | None:
     except TypeError:  # an array of strings or of objects
         x = None
     if not isinstance(x, Tensor) or x.is_complex():
-        raise ValueError(
+        raise UserError(
             f"latents are a tensor or an array of real numbers, not {describe(latents)}."
         )
     shape = tuple(x.shape)
@@ -117,16 +152,16 @@ def as_latents(latents: Any, b: int) -> Tensor | None:
     return x.float()
 
 
-def check_finite(what: str, computed: Tensor, dtype: torch.dtype) -> None:
-    """Raises ValueError where numbers ended: in a picture, infinite and nan just look black.
+def check_finite(name: str, values: Tensor, dtype: torch.dtype) -> None:
+    """Raise UserError if a value is infinite or nan: in a picture, these only look black.
 
-    dtype: in which they were computed.
+    name: what the error's sentence calls the values. dtype: in which they were computed.
     """
-    if not computed.isfinite().all():
-        became = "nan" if computed.isnan().any() else "infinite"
+    if not values.isfinite().all():
+        became = "nan" if values.isnan().any() else "infinite"
         wider = "" if dtype == torch.float32 else "float32 or "
-        raise ValueError(
-            f"{what} became {became} in {str(dtype).removeprefix('torch.')}: "
+        raise UserError(
+            f"{name} became {became} in {str(dtype).removeprefix('torch.')}: "
             f"try {wider}another file of weights."
         )
 
@@ -134,87 +169,22 @@ def check_finite(what: str, computed: Tensor, dtype: torch.dtype) -> None:
 def latent_size(
     model: StableDiffusion, height: int | None, width: int | None, latents: Tensor | None
 ) -> tuple[int, int]:
-    """Height and width of the latents, from whichever of the three says it."""
+    """Return height and width of the latents, from whichever argument tells them.
+
+    height, width: of the pictures, in pixels. Raises UserError if they contradict each other.
+    """
     f, sizes = model.vae.f, []
-    given = latents.shape[-2:] if latents is not None else model.sample_size
-    for name, pixels, size in (("height", height, given[0]), ("width", width, given[1])):
-        pixels = size * f if pixels is None else pixels
+    latent_sides = latents.shape[-2:] if latents is not None else model.sample_size
+    for name, pixels, side in zip(("height", "width"), (height, width), latent_sides, strict=True):
+        pixels = side * f if pixels is None else pixels
         check(
             is_whole(pixels) and pixels > 0 and pixels % f == 0,
             f"The {name} must be a positive multiple of {f} pixels, not {pixels!r}.",
         )
+        pixels = BOUNDS[name].read(pixels, f"The {name}")
         check(
-            latents is None or pixels == size * f,
-            f"The {name} is {pixels}, but the latents are for {size * f}: give one.",
+            latents is None or pixels == side * f,
+            f"The {name} is {pixels}, but the latents are for {side * f}: give one.",
         )
         sizes.append(pixels // f)
     return sizes[0], sizes[1]
-
-
-# --- what is recorded ----------------------------------------------------------------------------
-
-NOT_HERE = "the caller's own, not in the settings"  # so these alone can't repeat the run
-
-
-def recorded(
-    prompts: list[str],
-    negative_prompt: str,
-    edit: Any,
-    hooks: Sequence[Hook],
-    seed: int,
-    latents: Any,
-    scheduler: Any,
-    sampler: Scheduler,
-    guidance_scale: float,
-    source: Any,
-    size: tuple[int, int],
-) -> dict[str, Any]:
-    """What repeats a run, in plain numbers and strings, or says where it can't: NOT_HERE.
-
-    latents, scheduler: as `generate` was given them, or as a given picture, `source`, has them.
-    sampler: what became of the scheduler. size: width and height of the pictures, in pixels.
-    """
-    name, eta = type(sampler).__name__.lower(), float(getattr(sampler, "eta", 0.0))
-    own = scheduler is sampler and source is None
-    settings = {
-        "prompts": prompts,
-        "negative_prompt": negative_prompt,
-        "edit": written(edit),
-        # Of given latents it made nothing, unless DDIM drew more noise.
-        "seed": int(seed) if latents is None or (eta and scheduler is not sampler) else None,
-        "scheduler": f"{name}: {NOT_HERE}" if own else name,
-        # PNDM calls the UNet once more.
-        "num_inference_steps": len({int(t) for t in sampler.timesteps}),
-        "eta": eta,
-        "guidance_scale": float(guidance_scale),
-        "height": size[1],
-        "width": size[0],
-    }
-    if hooks:
-        settings["hooks"] = [f"{type(hook).__name__}: {NOT_HERE}" for hook in hooks]
-    if source is not None:
-        return settings | {"scheduler": "ddim", "source": source.settings, "picture": NOT_HERE}
-    if latents is not None:
-        settings["latents"] = NOT_HERE
-    return settings
-
-
-def written(edit: Any) -> str:
-    """An edit as Python that makes it again, with NOT_HERE for what only the caller has."""
-    if is_whole(edit):
-        return str(int(edit))
-    if is_number(edit):
-        return str(float(edit))
-    if edit is None or isinstance(edit, str | bool):
-        return repr(edit)
-    if isinstance(edit, Mapping):
-        return "{" + ", ".join(f"{written(k)}: {written(v)}" for k, v in edit.items()) + "}"
-    if isinstance(edit, list | tuple):
-        both = "()" if isinstance(edit, tuple) else "[]"
-        last = "," if isinstance(edit, tuple) and len(edit) == 1 else ""
-        return f"{both[0]}{', '.join(map(written, edit))}{last}{both[1]}"
-    name = type(edit).__name__
-    if type(edit) in (PromptEdit, WordSwap, Refine, Reweight, LocalBlend):
-        parts = (f"{f.name}={written(getattr(edit, f.name))}" for f in fields(edit))
-        return f"{name}({', '.join(parts)})"
-    return f"<{name}: {NOT_HERE}>"

@@ -307,11 +307,13 @@ def test_seeds_and_repeats(model, bird, friendly):
 
 def test_what_a_run_says_of_itself(model, bird):
     source = invert(model, bird, BIRD, num_inference_steps=4, skip=1)
-    settings = minip2p.generate(model, [BIRD, LION], edit="auto", source=source).settings
-    assert settings["scheduler"] == "ddim" and settings["source"] == source.settings
-    asked = {name: settings["source"][name] for name in ("num_inference_steps", "height", "width")}
+    settings = minip2p.generate(model, [BIRD, LION], edit="auto", source=source).run
+    names = "method", "skip", "fit", "refinements", "guidance_scale"
+    assert settings["scheduler"] == "ddim"
+    assert settings["source"] == {"image": None} | {name: source.settings[name] for name in names}
+    asked = {name: source.settings[name] for name in ("num_inference_steps", "height", "width")}
     again = minip2p.generate(model, [BIRD, LION], edit="auto", source=source, **asked)
-    assert again.settings == settings
+    assert again.run == settings
     json.dumps(settings)
 
 

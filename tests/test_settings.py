@@ -13,11 +13,7 @@ from torch.nn import functional as F
 
 import minip2p
 from minip2p import (
-    DDIM,
-    PNDM,
     LocalBlend,
-    PromptEdit,
-    Refine,
     Reweight,
     WordSwap,
     generate,
@@ -26,7 +22,6 @@ from minip2p import (
 )
 
 CAT, DOG = "a photo of a cat", "a photo of a dog"
-OWN = settings.NOT_HERE
 
 
 @pytest.fixture(scope="module")
@@ -42,9 +37,9 @@ def test_prompts_in_any_sequence(model):
     for prompts in ((CAT, DOG), np.array([CAT, DOG]), np.array([CAT, DOG], dtype=object)):
         found = generate(model, prompts, num_inference_steps=1)
         assert found.latents.equal(wanted.latents)
-        assert found.settings == wanted.settings
-        assert [type(prompt) for prompt in found.settings["prompts"]] == [str, str]
-    assert generate(model, np.array(CAT), num_inference_steps=1).settings["prompts"] == [CAT]
+        assert found.run == wanted.run
+        assert [type(prompt) for prompt in found.run["prompts"]] == [str, str]
+    assert generate(model, np.array(CAT), num_inference_steps=1).run["prompts"] == [CAT]
 
 
 @pytest.mark.parametrize("dtype", [np.float16, np.float32, np.float64, ">f4"])
@@ -82,9 +77,9 @@ def test_numbers_of_numpy(model):
     wanted = generate(model, CAT, scheduler="ddim", **given)
     found = generate(model, CAT, scheduler="ddim", **numpys)
     assert found.latents.equal(wanted.latents)
-    assert repr(found.settings) == repr(wanted.settings)
-    assert {name: found.settings[name] for name in given} == given
-    assert "np." not in repr(found.settings)
+    assert repr(found.run) == repr(wanted.run)
+    assert {name: found.run[name] for name in given} == given
+    assert "np." not in repr(found.run)
 
 
 # --- callback ------------------------------------------------------------------------------------
@@ -147,9 +142,9 @@ class Spoil(minip2p.Hook):
 @pytest.mark.parametrize("value, said", [(torch.nan, "nan"), (-torch.inf, "infinite|nan")])
 def test_latents_that_end(model, value, said):
     with pytest.raises(ValueError, match=f"The latents became ({said}) in float32: try another"):
-        generate(model, [CAT, DOG], edit=Spoil(value), num_inference_steps=1)
+        generate(model, [CAT, DOG], hooks=[Spoil(value)], num_inference_steps=1)
     with pytest.raises(ValueError, match="The latents became nan"):
-        generate(model, CAT, edit=Spoil(value), num_inference_steps=2, scheduler="pndm")
+        generate(model, CAT, hooks=[Spoil(value)], num_inference_steps=2, scheduler="pndm")
 
 
 # --- the source, alone and beside edits ----------------------------------------------------------
@@ -184,109 +179,6 @@ def test_the_source_is_the_same_beside_edits(request, which, prompts, edit):
     assert off < 3e-5
     assert abs(pixels[0] - pixels[1]).max() <= 1
     assert not beside.latents[-1].allclose(alone.latents[0], atol=0.1)
-
-
-# --- what is recorded ----------------------------------------------------------------------------
-
-
-def record(model, prompts=CAT, **asked) -> dict[str, object]:
-    if "scheduler" not in asked:
-        asked["num_inference_steps"] = 1
-    return generate(model, prompts, **asked).settings
-
-
-def test_a_plain_run_is_recorded_whole(model):
-    assert record(model, negative_prompt="a dog", seed=3) == {
-        "prompts": [CAT],
-        "negative_prompt": "a dog",
-        "edit": "None",
-        "seed": 3,
-        "scheduler": "ddim",
-        "num_inference_steps": 1,
-        "eta": 0.0,
-        "guidance_scale": 4.0,
-        "height": 128,
-        "width": 128,
-    }
-
-
-def test_given_latents_are_said_not_to_be_there(model):
-    noise = torch.zeros(1, 4, 16, 16)
-    found = record(model, latents=noise)
-    assert found["latents"] == OWN and found["seed"] is None
-    assert "latents" not in record(model)
-    # More noise is drawn: the seed says which.
-    found = record(model, latents=noise, eta=0.5, seed=5)
-    assert found["latents"] == OWN and found["seed"] == 5
-
-
-@pytest.mark.parametrize("kind, name", [(DDIM, "ddim"), (PNDM, "pndm")])
-def test_a_given_scheduler_is_said_not_to_be_there(model, kind, name):
-    found = record(model, scheduler=kind(2))
-    assert found["scheduler"] == f"{name}: {OWN}"
-    assert found["num_inference_steps"] == 2 and found["seed"] == 8888
-    noise = torch.zeros(1, 4, 16, 16)
-    assert record(model, scheduler=DDIM(2, eta=0.5), latents=noise)["seed"] is None
-    assert record(model, scheduler=name, num_inference_steps=2)["scheduler"] == name
-
-
-class Louder(minip2p.Hook):
-    pass
-
-
-class MySwap(WordSwap):
-    pass
-
-
-EDITS = [
-    WordSwap(),
-    Refine(0.5, (0.1, 0.4)),
-    PromptEdit({"default_": 0.8, "cat": (0.2, 0.5)}, 0, LocalBlend(["cat", "photo"], subtract="a")),
-    Reweight({"dog": 2, "photo": -0.5}, WordSwap(local_blend=LocalBlend("cat", 0.5, 0.1)), False),
-    [WordSwap()],
-    "auto",
-    None,
-]
-
-
-@pytest.mark.parametrize("edit", EDITS, ids=str)
-def test_an_edit_is_recorded_as_what_makes_it_again(model, edit):
-    run = {"num_inference_steps": 2}
-    wanted = generate(model, [CAT, DOG], edit=edit, **run)
-    again = eval(wanted.settings["edit"], dict(vars(minip2p)))
-    assert again == edit and wanted.settings["edit"] == repr(edit)
-    assert generate(model, [CAT, DOG], edit=again, **run).latents.equal(wanted.latents)
-
-
-def test_an_edit_is_recorded_in_plain_numbers(model):
-    edit = Reweight(
-        {"dog": np.float32(2)},
-        WordSwap({"dog": np.float64(0.5)}, (0, np.float16(0.25)), LocalBlend("dog", np.float64(0))),
-        everywhere=False,
-    )
-    found = record(model, [CAT, DOG], edit=edit)["edit"]
-    plain = Reweight(
-        {"dog": 2.0}, WordSwap({"dog": 0.5}, (0, 0.25), LocalBlend("dog", 0.0)), everywhere=False
-    )
-    assert found == repr(plain)
-
-
-@pytest.mark.parametrize(
-    "edit, said",
-    [
-        (MySwap(), f"<MySwap: {OWN}>"),
-        ([MySwap()], f"[<MySwap: {OWN}>]"),
-        (WordSwap(local_blend=LocalBlend(mask=np.eye(16))), f"mask=<ndarray: {OWN}>))"),
-        (WordSwap(local_blend=LocalBlend(mask=Image.new("1", (16, 16), 1))), f"<Image: {OWN}>"),
-    ],
-    ids=str,
-)
-def test_what_only_the_caller_has_is_said_not_to_be_there(model, edit, said):
-    found = record(model, [CAT, DOG], edit=edit)["edit"]
-    assert found.endswith(said) or said in found
-    assert " at 0x" not in found
-    with pytest.raises(SyntaxError):  # nobody makes the wrong edit of it
-        eval(found, dict(vars(minip2p)))
 
 
 # --- previews ------------------------------------------------------------------------------------

@@ -87,7 +87,7 @@ def page(result: Result, edit: Hook | None = None, names: Sequence[str] = ()) ->
         ),
         "maps": escape(_about(store, shown)),
         "tables": _tables(edit, names, words, store.calls),
-        "settings": _settings(result.settings),
+        "settings": _settings(result.run),
         "run": script_json(run),
     }
     return fill(TEMPLATE, values)
@@ -270,7 +270,8 @@ def _about(store: AttentionStore, shown: range) -> str:
 def _settings(settings: Mapping[str, Any]) -> str:
     lines = []
     for name, value in settings.items():
-        text = "\n".join(value) if isinstance(value, list | tuple) else str(value)
+        is_list = isinstance(value, list | tuple)
+        text = "\n".join(map(str, value)) if is_list else str(value)
         shown = escape(text).replace("\n", "<br>") or "none"
         lines.append(f"<dt>{escape(name.replace('_', ' '))}</dt><dd>{shown}</dd>")
     return "\n".join(lines)

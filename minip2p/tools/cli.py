@@ -27,7 +27,6 @@ from ..explain import explain
 from ..html.page import PageStore, page
 from ..pipeline import Result, generate
 from ..scheduler import SCHEDULERS
-from ..settings import written
 from ..weights import StableDiffusion, load
 from . import files, given, repeat
 from .job import Job, fit_words, make_job
@@ -157,11 +156,11 @@ def write(result: Result, job: Job, args: argparse.Namespace) -> dict[str, Image
     """Every picture, with --maps its word maps, all pictures side by side, and --html's page."""
     about = vars(args) | (given.options(result.source) if result.source else {})
     words = repeat.command(argparse.Namespace(**about), make_parser())
-    settings = {"model": args.model, "dtype": args.dtype} | result.settings
+    settings = {"model": args.model, "dtype": args.dtype} | result.run
     settings |= {"command": words, "Software": f"minip2p {VERSION}, torch {torch.__version__}"}
     pictures: dict[str, tuple[Image.Image, dict[str, Any]]] = {}
     for i, (image, name) in enumerate(zip(result.images, job.names, strict=True)):
-        edit = written(job.edits[i - 1] if i else None)
+        edit = repr(job.edits[i - 1] if i else None)
         own = settings | {"prompt": job.prompts[i], "edit": edit}
         pictures[f"{name}.png"] = image, own
         if args.maps and result.attention:
@@ -179,7 +178,7 @@ def write(result: Result, job: Job, args: argparse.Namespace) -> dict[str, Image
     }
     if args.html:
         shown = settings | {"command": shlex.join(words)}
-        text = page(replace(result, settings=shown), result.edit, job.names)
+        text = page(replace(result, run=shown), result.edit, job.names)
         encoded[args.html] = text.encode()
     files.replace_run(encoded)
     return {name: image for name, (image, _) in pictures.items()}

@@ -1,0 +1,158 @@
+"""Runs and edits as plain data: what `Result.run` holds and a file can keep as JSON.
+
+An edit is a dictionary with the names that a study uses, or None for a prompt without an edit:
+
+    {"edit": "swap", "cross_replace_steps": [0.0, 0.8], "self_replace_steps": None,
+     "reweight": {"lion": 2.0}, "everywhere": True, "blend": {"words": ["lion"], ...}}
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from .align import window
+from .attention import Hook
+from .blend import LocalBlend
+from .edit import EditOfPrompt, Edits, PromptEdit, Refine, Reweight, WordSwap, base, edit_of_each
+from .errors import UserError, check, describe
+from .scheduler import Scheduler
+
+EDITS = {"auto": PromptEdit, "swap": WordSwap, "refine": Refine}
+EDIT_KEYS = (
+    "edit",
+    "cross_replace_steps",
+    "self_replace_steps",
+    "reweight",
+    "everywhere",
+    "blend",
+)
+BLEND_KEYS = "words", "threshold", "start", "subtract"
+
+
+def edit_to_dict(edit: EditOfPrompt) -> dict[str, Any] | None:
+    """Return an edit as plain data; None for no edit.
+
+    Raises UserError if it holds what only its caller has: a class of their own, or a mask.
+    """
+    if edit is None:
+        return None
+    plain = base(edit)
+    kind = next((name for name, cls in EDITS.items() if type(plain) is cls), None)
+    check(
+        kind and type(edit) in (Reweight, type(plain)), f"the edit of type {type(plain).__name__}"
+    )
+    cross, self_window, blend = plain.cross_replace_steps, plain.self_replace_steps, None
+    if isinstance(cross, Mapping):
+        cross = {str(word): list(window(of_word)) for word, of_word in cross.items()}
+    elif cross is not None:
+        cross = list(window(cross))
+    if plain.local_blend is not None:
+        local = plain.local_blend
+        check(local.mask is None, "the mask of a blend")
+        blend = {
+            "words": list(local.words),
+            "threshold": float(local.threshold),
+            "start": float(local.start),
+            "subtract": list(local.subtract),
+        }
+    weights = edit.weights if isinstance(edit, Reweight) else {}
+    return {
+        "edit": kind,
+        "cross_replace_steps": cross,
+        "self_replace_steps": None if self_window is None else list(window(self_window)),
+        "reweight": {word: float(weight) for word, weight in weights.items()},
+        "everywhere": edit.everywhere if isinstance(edit, Reweight) else True,
+        "blend": blend,
+    }
+
+
+def edit_from_dict(data: Any) -> EditOfPrompt:
+    """Return the edit that `edit_to_dict` wrote down; keys may be missing. Raises UserError."""
+    if data is None:
+        return None
+    check(isinstance(data, Mapping), f"An edit is a dictionary or None, not {describe(data)}.")
+    check_keys(data, EDIT_KEYS, "an edit")
+    kind, blend, weights = data.get("edit", "auto"), data.get("blend"), data.get("reweight") or {}
+    check(
+        isinstance(kind, str) and kind in EDITS,
+        f"An edit is one of {', '.join(EDITS)}, not {describe(kind)}.",
+    )
+    if blend is not None:
+        check(isinstance(blend, Mapping), f"A blend is a dictionary, not {describe(blend)}.")
+        check_keys(blend, BLEND_KEYS, "a blend")
+        blend = LocalBlend(**blend)
+    cross, self_window = data.get("cross_replace_steps"), data.get("self_replace_steps")
+    if isinstance(cross, Mapping):
+        cross = {str(word): window(of_word) for word, of_word in cross.items()}
+    elif cross is not None:
+        cross = window(cross)
+    edit = EDITS[kind](cross, None if self_window is None else window(self_window), blend)
+    everywhere = data.get("everywhere", True)
+    check(isinstance(everywhere, bool), f"everywhere is true or false, not {describe(everywhere)}.")
+    return Reweight(weights, edit, everywhere) if weights else edit
+
+
+def check_keys(data: Mapping[str, Any], keys: Sequence[str], name: str) -> None:
+    """Raise UserError if `data` has a key that is not one of `keys`. name: of what it describes."""
+    for key in data:
+        check(key in keys, f"There is no {key!r} in {name}; it has {', '.join(keys)}.")
+
+
+def record(
+    prompts: list[str],
+    negative_prompt: str,
+    edit: Edits,
+    hooks: Sequence[Hook],
+    seed: int,
+    latents: Any,
+    scheduler: Any,
+    sampler: Scheduler,
+    guidance_scale: float,
+    source: Any,
+    size: tuple[int, int],
+    dtype: str,
+) -> dict[str, Any]:
+    """Return a run of `generate` as the plain data that `Run.from_dict` takes.
+
+    What only the caller has, and no data can repeat, is listed under "callers_own".
+    scheduler: as the caller gave it. sampler: the object that it became. size: width and height of
+    the pictures in pixels.
+    """
+    callers_own = [f"the hook {type(hook).__name__}" for hook in hooks]
+    edits = []
+    for row_edit in edit_of_each(edit, len(prompts) - 1) if edit is not None else ():
+        try:
+            edits.append(edit_to_dict(row_edit))
+        except UserError as error:
+            callers_own.append(str(error))
+            edits.append({"edit": str(error)})
+    eta = float(getattr(sampler, "eta", 0.0))
+    run = {
+        "prompts": prompts,
+        "edits": edits or [None] * (len(prompts) - 1),
+        "negative_prompt": negative_prompt,
+        "seed": int(seed),
+        # PNDM visits one timestep twice.
+        "num_inference_steps": len({int(t) for t in sampler.timesteps}),
+        "guidance_scale": float(guidance_scale),
+        "scheduler": type(sampler).__name__.lower(),
+        "eta": eta,
+        "height": size[1],
+        "width": size[0],
+        "dtype": dtype,
+    }
+    if source is not None:
+        inversion = getattr(source, "settings", None)
+        names = "method", "skip", "fit", "refinements", "guidance_scale"
+        if inversion is None:
+            callers_own.append(f"the source of type {type(source).__name__}")
+        else:
+            run["source"] = {"image": None} | {name: inversion[name] for name in names}
+            run |= {"seed": inversion["seed"], "scheduler": "ddim", "eta": 0.0}
+            run["num_inference_steps"] = inversion["num_inference_steps"]
+    elif latents is not None:
+        callers_own.append("the latents")
+    if scheduler is sampler and source is None:
+        callers_own.append(f"the scheduler {type(sampler).__name__}")
+    return run | {"callers_own": list(dict.fromkeys(callers_own))} if callers_own else run
