@@ -32,11 +32,6 @@ CAT, DOG = "a photo of a cat", "a photo of a dog"
 PAIR = [SQUIRREL, LION]
 
 
-@pytest.fixture(scope="module")
-def model() -> minip2p.StableDiffusion:
-    return minip2p.load(device="cpu")
-
-
 # --- ids -----------------------------------------------------------------------------------------
 
 DEFAULTS = {
@@ -182,7 +177,6 @@ class MySwap(WordSwap):
         ({"edit": [Reweight({"dog": 2}, MySwap())]}, "the edit of type MySwap"),
         ({"edit": WordSwap(local_blend=LocalBlend(mask=np.eye(16)))}, "the mask of a blend"),
     ],
-    ids=str,
 )
 def test_what_only_the_caller_has_is_named(model, arguments: dict[str, Any], name: str):
     if "scheduler" not in arguments:
