@@ -1,45 +1,87 @@
-"""Results in files: tensors and what they are, as safetensors, written whole or not at all."""
+"""Files that are written whole or not at all, and tensors with their description in them."""
 
 from __future__ import annotations
 
 import json
 import os
 import secrets
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 from torch import Tensor
 
-from .errors import check
+from .errors import UserError, check
+
+
+def write_files(
+    files: Mapping[Path, bytes],
+    check_place: Callable[[Path], None] = lambda path: None,
+    durable: bool = False,
+) -> None:
+    """Write files in place of others of their names.
+
+    Each is written whole or not at all, and all are ready before the first takes its place. Should
+    one fail to take its place after others have, those stay, and the error names them.
+    check_place: raises an error if a file may not stand there; it is asked just before.
+    durable: wait until the disk has the files, so that a power cut leaves none of them empty.
+    Raises UserError if a file can't be written.
+    """
+    temporaries = {path: path.with_name(f".{secrets.token_hex(8)}.tmp") for path in files}
+    placed: list[Path] = []
+    path = Path()
+    try:
+        for path, content in files.items():
+            path.parent.mkdir(parents=True, exist_ok=True)
+            with temporaries[path].open("xb") as file:
+                file.write(content)
+                if durable:
+                    file.flush()
+                    os.fsync(file.fileno())
+        for path in files:
+            check_place(path)
+        for path in files:
+            temporaries[path].replace(path)
+            placed.append(path)
+        for folder in {path.parent for path in files} if durable else ():
+            sync_folder(folder)
+    except OSError as error:
+        done = f"; already written: {', '.join(map(str, placed))}" if placed else ""
+        reason = error.strerror or error
+        raise UserError(f"{path} can't be written: {reason}{done}.") from error
+    finally:
+        for temporary in temporaries.values():
+            with suppress(OSError):  # it has its place, or its folder is none
+                temporary.unlink()
+
+
+def sync_folder(folder: Path) -> None:
+    """Wait until the disk has the names of a folder's files, where the system can tell."""
+    with suppress(OSError):  # Windows opens no folders, and some network disks sync none
+        handle = os.open(folder, os.O_RDONLY)
+        try:
+            os.fsync(handle)
+        finally:
+            os.close(handle)
 
 
 def write(
     path: str | os.PathLike[str], kind: str, about: Mapping[str, Any], tensors: Mapping[str, Tensor]
 ) -> None:
-    """Write `tensors`, with `about` as JSON beside them; a file of that name is replaced.
-
-    It has another name until it is complete. Raises ValueError where it can't be written.
-    """
+    """Write tensors as safetensors, with `about` as JSON in the metadata. See `write_files`."""
     from safetensors.torch import save
 
-    path = Path(path)
-    temporary = path.with_name(f".{secrets.token_hex(8)}.tmp")
     metadata = {"format": f"minip2p {kind}", "about": json.dumps(about)}
-    try:
-        # save_file would make a file that nobody else may read.
-        temporary.write_bytes(save({name: t.contiguous() for name, t in tensors.items()}, metadata))
-        temporary.replace(path)
-    except OSError as error:
-        raise ValueError(f"{path} can't be written: {error.strerror or error}.") from None
-    finally:
-        with suppress(OSError):  # it is not there, or its folder is none
-            temporary.unlink()
+    content = save({name: t.contiguous() for name, t in tensors.items()}, metadata)
+    write_files({Path(path): content})
 
 
 def read(path: str | os.PathLike[str], kind: str) -> tuple[dict[str, Any], dict[str, Tensor]]:
-    """What `write` wrote. Raises ValueError for a file that is another's, damaged or not there."""
+    """Read what `write` wrote: `about` and the tensors.
+
+    Raises UserError for a file that is missing, damaged, or of another kind.
+    """
     from safetensors import SafetensorError, safe_open
 
     check(Path(path).is_file(), f"There is no file {path}.")
@@ -48,16 +90,18 @@ def read(path: str | os.PathLike[str], kind: str) -> tuple[dict[str, Any], dict[
             metadata = file.metadata() or {}
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
     except SafetensorError as error:
-        raise ValueError(
+        raise UserError(
             f"{path} is damaged or no safetensors file ({error}): write it again."
         ) from None
     except OSError as error:
-        raise ValueError(f"{path} can't be read: {error.strerror or error}.") from None
+        raise UserError(f"{path} can't be read: {error.strerror or error}.") from None
     of = metadata.get("format", "something else")
     check(of == f"minip2p {kind}", f"{path} is no minip2p {kind}: it says that it holds {of!r}.")
     try:
         about = json.loads(metadata["about"])
         check(isinstance(about, dict), "")
-    except (KeyError, ValueError):
-        raise ValueError(f"{path} is damaged: what its tensors are can't be read.") from None
+    except (KeyError, ValueError, RecursionError):
+        raise UserError(
+            f"{path} is damaged: the description of its tensors can't be read."
+        ) from None
     return about, tensors
