@@ -56,7 +56,8 @@ def ssim(x: Tensor, y: Tensor, border: str = "reflect") -> Tensor:
 
 def iou(a: Tensor, b: Tensor) -> float:
     """Compute intersection over union of two masks, bool; nan if both are empty."""
-    return float((a & b).sum().float() / (a | b).sum())
+    union = int((a | b).sum())
+    return int((a & b).sum()) / union if union else math.nan
 
 
 def frechet(a: Tensor, b: Tensor) -> float:
