@@ -1,4 +1,4 @@
-"""What is measured of given pictures: regions, figures and costs. Thresholds are test_world's."""
+"""Measures of edited photographs: regions, figures and costs. test_world has the thresholds."""
 
 import numpy as np
 import pytest
@@ -51,7 +51,7 @@ def test_no_scene_of_them_can_have_been_trained_on():
 
 def test_work_is_counted_in_rows():
     model = minip2p.load(device="cpu")
-    found = figures.Facts()
+    facts = figures.Facts()
     pixels = model.sample_size[0] * model.vae.f
     drawn = [draw(Scene(noun, style="photo", layout=3), pixels) for noun in ("bird", "lion")]
     pair = photos.Pair(*drawn, "bird", "lion")
@@ -62,7 +62,7 @@ def test_work_is_counted_in_rows():
         (photos.Way("DDIM", 1, ["windows"], 2, photos.ddim(refinements=3)), 2 * (4 + 2)),
         (photos.Way("friendly", 3, ["windows"], 2, photos.friendly(3)), 2 * (2 + 3)),
     ):
-        results = photos.edited(model, way, pair, *words, found)
+        results = photos.edited(model, way, pair, *words, facts)
         ((name, edit),) = results.items()
-        assert found[name]["work"] == [work] and edit.size == pair.given.image.size
-    assert found["direct, 2, 3, windows"]["row 0"] == [60]
+        assert facts[name]["work"] == [work] and edit.size == pair.photo.image.size
+    assert facts["direct, 2, 3, windows"]["row 0"] == [60]
