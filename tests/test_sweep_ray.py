@@ -108,7 +108,7 @@ def test_emojibench_among_workers(tmp_path: Path):
     told = {}
     for name, more in (("here", []), ("there", ["--workers", "2"])):
         words = ["captions", "sweep", "refine", "--quick", "--steps", "2"]
-        run_script("-m", "world.bench", *words, "--out", str(tmp_path / name), *more)
+        run_script("-m", "world", *words, "--out", str(tmp_path / name), *more)
         told[name] = json.loads((tmp_path / name).read_text())["parts"]
     assert told["here"].keys() == told["there"].keys()
     for part, rows in told["here"].items():
