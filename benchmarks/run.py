@@ -2,6 +2,7 @@
 
     python benchmarks/run.py call bfloat16 pipeline memory --prepared    SD 1.5's size
     python benchmarks/run.py bundled growth                              the bundled model
+    python benchmarks/run.py gpu                                         SD 1.5's size on one GPU
     python benchmarks/run.py show plot                                   tables and a plot of all
 
 SD 1.5's size is measured with random weights, on which speed does not depend.
@@ -33,17 +34,9 @@ HERE = Path(__file__).parent
 sys.path[:0] = [str(HERE), str(HERE.parent)]
 
 BUNDLED = HERE.parent / "minip2p" / "models" / "emoji"
-ANIMALS = ("squirrel", "lion", "cat", "dog", "panda", "rabbit")
-FOODS = ("burger", "pizza", "cake", "apple")
 GUIDANCE = 7.5
 
 Sides = dict[str, Callable[[], Any]]
-
-
-def prompts_of(edits: int) -> list[str]:
-    """A source and its edits."""
-    every = [f"a {animal} eating a {food}" for food in FOODS for animal in ANIMALS]
-    return every[: edits + 1]
 
 
 # --- measuring -----------------------------------------------------------------------------------
@@ -71,8 +64,6 @@ def take_turns(
             wall, cpu = time.perf_counter(), time.process_time()
             with torch.inference_mode():
                 output = sides[name]()
-            if output.is_cuda:
-                torch.cuda.synchronize()
             wall, cpu = time.perf_counter() - wall, time.process_time() - cpu
             print(
                 f"  {number}/{rounds} {name}: {wall:.2f} s, CPU {cpu:.2f} s",
@@ -121,18 +112,10 @@ def machine(threads: int) -> dict:
         cpu = f"{info['model name']} family {info['cpu family']} ({', '.join(flags)})"
     packages = ("torch", "diffusers", "transformers")
     versions = {name: importlib.metadata.version(name) for name in packages}
-    import torch
-
-    gpu = {"gpu": torch.cuda.get_device_name()} if torch.cuda.is_available() else {}
-    return {"cpu": cpu, "cores": os.cpu_count(), "threads": threads} | gpu | versions
+    return {"cpu": cpu, "cores": os.cpu_count(), "threads": threads} | versions
 
 
 # --- models --------------------------------------------------------------------------------------
-
-
-def where(args: argparse.Namespace) -> str:
-    """The end of a table's title: on what, unless it is the CPU."""
-    return "" if args.device == "cpu" else f" on {args.device}"
 
 
 def full_size(folder: Path) -> Path:
@@ -186,7 +169,7 @@ def full_size(folder: Path) -> Path:
     return folder
 
 
-def load_pipeline(folder: Path, dtype: Any, device: str = "cpu") -> Any:
+def load_pipeline(folder: Path, dtype: Any) -> Any:
     from diffusers import DDIMScheduler, StableDiffusionPipeline
 
     pipeline = StableDiffusionPipeline.from_pretrained(
@@ -194,7 +177,7 @@ def load_pipeline(folder: Path, dtype: Any, device: str = "cpu") -> Any:
     )
     pipeline.scheduler = DDIMScheduler.from_config(pipeline.scheduler.config, clip_sample=False)
     pipeline.set_progress_bar_config(disable=True)
-    return pipeline.to(device)
+    return pipeline
 
 
 def load_both(args: argparse.Namespace) -> tuple[Any, Any]:
@@ -204,8 +187,8 @@ def load_both(args: argparse.Namespace) -> tuple[Any, Any]:
     import minip2p
 
     folder, dtype = full_size(args.cache), getattr(torch, args.dtype)
-    pipeline = load_pipeline(folder, dtype, args.device)
-    model = minip2p.load(folder, dtype=dtype, device=args.device)
+    pipeline = load_pipeline(folder, dtype)
+    model = minip2p.load(folder, dtype=dtype, device="cpu")
     for mine, theirs in ((model.unet, pipeline.unet), (model.vae, pipeline.vae.float())):
         mine.load_state_dict(theirs.state_dict(), assign=True)
     return pipeline, model
@@ -228,122 +211,17 @@ def fast_model(args: argparse.Namespace) -> Any:
 # --- one UNet call -------------------------------------------------------------------------------
 
 
-def call_sides(
-    pipeline: Any,
-    model: Any,
-    quick: Any,
-    edits: int,
-    size: int,
-    dtype: Any,
-    compiled: bool = False,
-) -> tuple[Sides, dict[str, str]]:
-    """One guided UNet call for a source and its edits, inside both windows, in several ways.
-
-    pipeline, model, quick: diffusers', minip2p's and its prepared one; None to leave one out.
-    """
-    import torch
-    from written_out import Controller, control
-
-    from minip2p import AttentionStore, LocalBlend, WordSwap, text
-    from minip2p.attention import CachedContext, Chain, PromptRows
-    from minip2p.edit import bind
-
-    some = model or quick
-    prompts = prompts_of(edits)
-    coarse = (size, size)
-    while min(coarse) >= 32:
-        coarse = (coarse[0] // 2, coarse[1] // 2)
-    torch.manual_seed(1)
-    x = torch.randn(1, 4, size, size).expand(2 * len(prompts), -1, -1, -1)
-    device = some.device if some else pipeline.device
-    x = x.to(device, dtype)
-    if some:
-        tokens = [text.tokenize(some.tokenizer, prompt) for prompt in prompts]
-        words, blank = (text.encode(some.text_encoder, t) for t in (tokens, tokens[:1]))
-        context = torch.cat([blank.expand_as(words), words])
-    else:
-        context = torch.randn(len(x), 77, pipeline.unet.config.cross_attention_dim).to(x)
-    sides: Sides = {}
-    check: dict[str, str] = {}
-
-    def swap(**options: Any) -> Any:
-        edit, sizes = WordSwap(1.0, 1.0, **options), {"latent_size": (size, size), "coarse": coarse}
-        return bind(edit, tokens, device=device, defaults={}, **sizes)
-
-    if pipeline:
-        plain = dict(pipeline.unet.attn_processors)
-
-        def diffusers() -> Any:
-            pipeline.unet.set_attn_processor(dict(plain))
-            return pipeline.unet(x, 501, context).sample
-
-        def written_out() -> Any:
-            control(pipeline.unet, controller)
-            eps = pipeline.unet(x, 501, context).sample
-            controller.end_call()
-            return eps
-
-        if some:
-            mapper = swap().mapper[1:]
-        else:
-            mapper = torch.eye(77).expand(edits, -1, -1)
-        controller = Controller(mapper.to(device), len(prompts))
-        sides |= {"diffusers": diffusers, "diffusers, memory kept": diffusers}
-        sides |= {"diffusers, written-out edit": written_out}
-
-    def ours(unet: Any, edit: Any) -> Callable[[], Any]:
-        n = len(prompts)
-        # The prompts come first here, last in diffusers. Projected in the warm-up: once a run.
-        kept = CachedContext(context.roll(n, 0))
-
-        def call() -> Any:
-            now = edit and edit.at(0, 50, 0)
-            return unet(x, 501, kept, now and PromptRows(now, n)).roll(n, 0)
-
-        return call
-
-    for name, net in (("minip2p", model), ("minip2p, prepared", quick)):
-        if net:
-            sides |= {name: ours(net.unet, None), f"{name}, word swap": ours(net.unet, swap())}
-            check |= {name: "diffusers", f"{name}, word swap": "diffusers, written-out edit"}
-    if compiled and pipeline and model:
-        # Compiled at the first two calls: of three rounds and more, the median leaves them out.
-        theirs, mine = (torch.compile(net.unet) for net in (pipeline, model))
-
-        def diffusers_compiled() -> Any:
-            pipeline.unet.set_attn_processor(dict(plain))
-            return theirs(x, 501, context).sample
-
-        sides["diffusers, compiled"] = diffusers_compiled
-        sides["minip2p, compiled"] = ours(mine, None)
-        sides["minip2p, compiled, word swap"] = ours(mine, swap())
-    if model:
-        blend = swap(local_blend=LocalBlend(["squirrel"]))
-        store = AttentionStore(words=["squirrel"])
-        full = AttentionStore()
-        for one in (store, full):
-            one.begin(tokens, coarse, device)
-        sides |= {
-            "minip2p, swap and blend": ours(model.unet, blend),
-            "minip2p, swap, blend, a word's maps": ours(model.unet, Chain([blend, store])),
-            "minip2p, swap, blend, every map": ours(model.unet, Chain([blend, full])),
-        }
-    return sides, check if pipeline else {}
-
-
 def part_call(args: argparse.Namespace) -> dict:
-    import torch
+    from sides import call_sides
 
     pipeline, model = load_both(args)
     quick = fast_model(args) if args.prepared and args.dtype == "float32" else None
     tables = {}
     for size in args.latents:
         for edits in args.edits:
-            title = f"{size}x{size} latents, 1 source + {edits}, {args.dtype}{where(args)}"
+            title = f"{size}x{size} latents, 1 source + {edits}, {args.dtype}"
             print(title, file=sys.stderr)
-            sides, check = call_sides(
-                pipeline, model, quick, edits, size, getattr(torch, args.dtype), args.compiled
-            )
+            sides, check = call_sides(pipeline.unet, model, quick, edits, size)
             chosen = {k: v for k, v in sides.items() if not args.sides or k in args.sides}
             check = {k: v for k, v in check.items() if k in chosen and v in chosen}
             base = next(iter(chosen))
@@ -354,20 +232,19 @@ def part_call(args: argparse.Namespace) -> dict:
 def part_bfloat16(args: argparse.Namespace) -> dict:
     """One plain guided UNet call in bfloat16, beside diffusers in float32, which is the truth."""
     import torch
+    from sides import call_sides
 
-    import minip2p
-
-    folder, half = full_size(args.cache), torch.bfloat16
-    exact = load_pipeline(folder, torch.float32), minip2p.load(folder, device="cpu")
-    halves = argparse.Namespace(**vars(args) | {"dtype": "bfloat16", "device": "cpu"})
-    rough = *load_both(halves), fast_model(halves) if args.prepared else None
+    exact = load_pipeline(full_size(args.cache), torch.float32)
+    halves = argparse.Namespace(**vars(args) | {"dtype": "bfloat16"})
+    pipeline, model = load_both(halves)
+    prepared = fast_model(halves) if args.prepared else None
     names = "diffusers", "minip2p", "minip2p, word swap"
     names += ("minip2p, prepared", "minip2p, prepared, word swap") if args.prepared else ()
     tables = {}
     for size in args.latents:
-        sides = {"diffusers": call_sides(*exact, None, 1, size, torch.float32)[0]["diffusers"]}
-        others = call_sides(*rough, 1, size, half)[0]
-        sides |= {f"{name}, bfloat16": others[name] for name in names}
+        sides = {"diffusers": call_sides(exact.unet, None, None, 1, size)[0]["diffusers"]}
+        in_bfloat16 = call_sides(pipeline.unet, model, prepared, 1, size)[0]
+        sides |= {f"{name}, bfloat16": in_bfloat16[name] for name in names}
         check = {name: "diffusers" for name in sides if "bfloat16" in name and "swap" not in name}
         title = f"{size}x{size} latents, 1 source + 1"
         tables[title] = take_turns(sides, args.rounds, "diffusers", check, not args.cold)
@@ -380,6 +257,7 @@ def part_bfloat16(args: argparse.Namespace) -> dict:
 def part_pipeline(args: argparse.Namespace) -> dict:
     """Prompts to pictures: text, steps and decoding; the latents are compared."""
     import torch
+    from sides import prompts_of
 
     import minip2p
 
@@ -428,9 +306,7 @@ def part_pipeline(args: argparse.Namespace) -> dict:
                 for name in sides
                 if name.startswith("minip2p") and "swap" not in name
             }
-            tables[f"{title}, {args.dtype}{where(args)}"] = take_turns(
-                sides, args.rounds, "diffusers", check
-            )
+            tables[f"{title}, {args.dtype}"] = take_turns(sides, args.rounds, "diffusers", check)
     return tables
 
 
@@ -472,6 +348,7 @@ def part_memory(args: argparse.Namespace) -> dict:
 def part_one(args: argparse.Namespace) -> None:
     """One side alone: a UNet call, and how far memory rises above the loaded model."""
     import torch
+    from sides import call_sides
 
     import minip2p
     from minip2p import fast
@@ -493,7 +370,8 @@ def part_one(args: argparse.Namespace) -> None:
         fast.keep_memory()
     # Every page of the weights is in memory before the first call, mapped from its file or not.
     [float(p.sum()) for p in net.parameters() if not p.is_mkldnn]
-    sides, _ = call_sides(pipeline, model, quick, args.edits[0], args.latents[0], dtype)
+    unet = pipeline and pipeline.unet
+    sides, _ = call_sides(unet, model, quick, args.edits[0], args.latents[0])
     before = resident("VmRSS")
     Path("/proc/self/clear_refs").write_text("5")  # the high-water mark starts again
     with torch.inference_mode():
@@ -591,6 +469,8 @@ def part_diffusers_bundled(args: argparse.Namespace) -> None:
 
 def part_growth(args: argparse.Namespace) -> dict:
     """How the cost of a run grows, on the bundled model: edits, sizes, steps; plain and swapped."""
+    from sides import prompts_of
+
     import minip2p
 
     model = minip2p.load(device="cpu")
@@ -715,7 +595,7 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     add = parser.add_argument
-    add("parts", nargs="+", choices=[*PARTS, *ALONE, "show", "plot"])
+    add("parts", nargs="+", choices=[*PARTS, *ALONE, "gpu", "show", "plot"])
     add("--latents", type=int, nargs="+", default=[32, 64], help="sizes: pixels / 8")
     add("--edits", type=int, nargs="+", default=[1, 3])
     add("--rounds", type=int, default=5)
@@ -724,13 +604,19 @@ def main() -> None:
     add("--pixels", type=int, nargs="+", default=[64, 128, 256, 384], help="of `growth`")
     add("--threads", type=int, default=os.cpu_count() or 1)
     add("--dtype", default="float32")
-    add("--device", default="cpu", help="of `call` and `pipeline`: cuda, where there is one")
-    add("--compiled", action="store_true", help="of `call`: both UNets compiled as well")
     add("--prepared", action="store_true", help="beside the rest, minip2p after fast.prepare")
     add("--sides", nargs="+", help="of `call` and `memory`: only these")
     add("--cold", action="store_true", help="of `call`, `bfloat16`: no round to warm up")
     add("--side", help="of `one`")
-    add("--out", type=Path, help="of `diffusers-bundled`")
+    add("--out", type=Path, help="folder of `diffusers-bundled` and `gpu` (out/gpu)")
+    add(
+        "--minutes",
+        type=float,
+        default=8.0,
+        help="of `gpu`: parts for which time is short are left out",
+    )
+    add("--part", help="of `gpu`: this part alone")
+    add("--rehearse", action="store_true", help="of `gpu`: narrow models on the CPU")
     add("--results", type=Path, default=HERE / "results.json")
     add(
         "--cache",
@@ -739,8 +625,6 @@ def main() -> None:
         help="where the random weights are kept, 4 GB",
     )
     args = parser.parse_args()
-    if args.prepared and args.device != "cpu":
-        parser.error(f"--prepared is for the CPU, not for --device {args.device}: leave it out.")
     args.words = [word for word in sys.argv[1:] if not word.startswith(("--results=", "--cache="))]
 
     import torch
@@ -749,6 +633,10 @@ def main() -> None:
     for part in args.parts:
         if part in ALONE:
             ALONE[part](args)
+        elif part == "gpu":
+            import gpu
+
+            gpu.measure(args)
         elif part == "show":
             for name, tables in json.loads(args.results.read_text()).items():
                 for title, entry in tables.items():

@@ -1,28 +1,43 @@
-"""Optional, for CPUs: the same pictures in less time. Of the package only the command line uses it.
+"""Optional: compute the same in less time. Nothing else in the package needs this file.
 
-    keep_memory()       the process keeps its large blocks of memory and uses them again
-    prepare(unet)       the UNet's convolutions and linear layers compute the same another way
+    keep_memory()       keep freed memory in the process and use it again (Linux)
+    prepare(unet)       replace a UNet's layers by ones that are faster on a CPU
+    record(unet)        replay a UNet's calls as CUDA graphs on a GPU
 
 Shapes:  b batch · c o channels in and out · h w height and width · r s rows and columns of tiles
 """
 
+from __future__ import annotations
+
 import ctypes
 import math
 import sys
+from collections.abc import Callable, Hashable
+from dataclasses import replace
+from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from .attention import CachedContext, Chain, Hook, Layer, PromptRows
+from .edit import PromptToPrompt
+from .errors import check
+from .invert import HoldSource
+from .linear_edit import LinearEdit
+from .store import AttentionStore
+
 M_MMAP_MAX, M_MMAP_THRESHOLD, M_TRIM_THRESHOLD = -4, -3, -1  # glibc's malloc.h
 
 
 def keep_memory(keep: bool = True) -> bool:
-    """Free memory stays with the process, or with False returns to the system as by default.
+    """Keep freed memory in the process; with False, return it to the system again.
 
-    The system hands out zeroed pages, and a UNet frees and takes its largest tensors hundreds of
-    times a call: a tenth of the time is spent on that. For the whole process, so this is for
-    programs to decide, not for libraries. Returns whether there is such an allocator: glibc's.
+    The system fills every new page with zeros, and a UNet frees and takes its largest tensors
+    hundreds of times in a call: that costs a tenth of the time. The setting is the whole
+    process's, so programs decide on it and not libraries. Returns False where the allocator is not
+    glibc's, which alone has the setting.
     """
     if not sys.platform.startswith("linux"):
         return False
@@ -33,7 +48,7 @@ def keep_memory(keep: bool = True) -> bool:
         return bool(libc.mallopt(M_MMAP_MAX, 0) and libc.mallopt(M_TRIM_THRESHOLD, -1))
     for option, value in (
         (M_MMAP_MAX, 65536),
-        (M_MMAP_THRESHOLD, 32 << 20),  # what glibc arrives at by itself
+        (M_MMAP_THRESHOLD, 32 << 20),  # the value that glibc reaches by itself
         (M_TRIM_THRESHOLD, 64 << 20),
     ):
         libc.mallopt(option, value)
@@ -41,13 +56,16 @@ def keep_memory(keep: bool = True) -> bool:
     return True
 
 
+# --- on a CPU -------------------------------------------------------------------------------------
+
+
 def pack(weight: Tensor) -> Tensor:
-    """o c, a matrix, in the order that oneDNN's kernels read it in: for `multiply` alone."""
+    """Reorder a matrix, o c, as oneDNN's kernels read it. Only `multiply` can use the result."""
     return torch.ops.mkldnn._reorder_linear_weight(weight, 1024)
 
 
 def multiply(x: Tensor, packed: Tensor, bias: Tensor | None = None) -> Tensor:
-    """x: … c → … o"""
+    """Multiply by a packed matrix. x: … c → … o"""
     return torch.ops.mkldnn._linear_pointwise(x, packed, bias, "none", [], "")
 
 
@@ -92,7 +110,7 @@ class Winograd(nn.Module):
         self.b_t, self.a_t = weight.new_tensor(B_T[m]).float(), weight.new_tensor(A_T[m]).float()
         g = weight.new_tensor(G[m])
         filters = torch.einsum("xi,yj,ocij->xyoc", g, g, weight).flatten(0, 1)  # n·n o c
-        self.filters = [pack(one) for one in filters.float()]
+        self.filters = [pack(matrix) for matrix in filters.float()]
 
     def forward(self, x: Tensor) -> Tensor:
         """x: b c h w → b o h w"""
@@ -101,8 +119,8 @@ class Winograd(nn.Module):
         r, s = -(-h // m), -(-w // m)
         x = F.pad(x.permute(0, 2, 3, 1), (0, 0, 1, m * s - w + 1, 1, m * r - h + 1))
         out = x.new_empty(b, r, m, s, m, o)
-        at_once = max(1, 256 // (r * s))  # pictures: as many tiles as the cache has room for
-        for part, y in zip(x.split(at_once), out.split(at_once), strict=True):
+        pictures = max(1, 256 // (r * s))  # as many tiles at once as fit into the cache
+        for part, y in zip(x.split(pictures), out.split(pictures), strict=True):
             d = part.unfold(1, n, m).unfold(2, n, m)  # b r s c n n
             d = d.permute(4, 5, 0, 1, 2, 3).reshape(n, -1)  # n, n·b·r·s·c
             d = (self.b_t @ (self.b_t @ d).view(n, n, -1)).view(n * n, -1, c)  # n·n b·r·s c
@@ -115,7 +133,7 @@ class Winograd(nn.Module):
 
 
 class PackedLinear(nn.Module):
-    """A linear layer, or a 1x1 convolution, whose weights wait in the order of oneDNN's kernels."""
+    """A linear layer or 1x1 convolution whose weights are packed for oneDNN's kernels."""
 
     def __init__(self, layer: nn.Linear | nn.Conv2d):
         super().__init__()
@@ -128,7 +146,7 @@ class PackedLinear(nn.Module):
 
 
 class PackedConv(nn.Module):
-    """A 3x3 convolution of padding 1 whose weights wait likewise; with few channels it is slow."""
+    """A 3x3 convolution of padding 1 with packed weights. It is slow with few channels."""
 
     def __init__(self, conv: nn.Conv2d):
         super().__init__()
@@ -143,7 +161,7 @@ class PackedConv(nn.Module):
 
 
 def faster(layer: nn.Module) -> nn.Module:
-    """Another module that computes what `layer` computes, or the layer itself."""
+    """Return a faster module that computes what `layer` computes, or the layer itself."""
     if not isinstance(layer, nn.Conv2d | nn.Linear):
         return layer
     pairs = math.prod(layer.weight.shape[:2])  # of channels; with few, calling is what costs
@@ -164,23 +182,139 @@ def prepare(unet: nn.Module) -> nn.Module:
 
     In float32 results differ in the sixth digit, and the 3x3 convolutions' filters take 4 times
     their memory up to 640 channels and 1.8 times above, 2.2 GB more in SD 1.x. All other weights
-    are packed. What is replaced can't be saved, moved or trained: load the model again for that.
-    Raises ValueError unless the UNet is on the CPU, in float32 or a bfloat16 that the CPU has, and
+    are packed. A prepared UNet can't be saved, moved or trained: load the model again for that.
+    Raises UserError unless the UNet is on the CPU, in float32 or a bfloat16 that the CPU has, and
     torch is built with oneDNN.
     """
     weight = next(unet.parameters())
-    if weight.dtype not in (torch.float32, torch.bfloat16) or weight.device.type != "cpu":
-        raise ValueError(
-            "fast.prepare (--fast) takes a UNet in float32 or bfloat16 on the CPU, not in "
-            f"{weight.dtype} on {weight.device}: leave it out."
-        )
-    if not torch.backends.mkldnn.is_available():
-        raise ValueError("fast.prepare needs a torch that is built with oneDNN.")
-    if weight.dtype == torch.bfloat16 and not torch.ops.mkldnn._is_mkldnn_bf16_supported():
-        raise ValueError(
-            "fast.prepare (--fast): this CPU does not compute in bfloat16; use float32."
-        )
+    check(
+        weight.dtype in (torch.float32, torch.bfloat16) and weight.device.type == "cpu",
+        "fast.prepare (--fast) takes a UNet in float32 or bfloat16 on the CPU, not in "
+        f"{weight.dtype} on {weight.device}: leave it out.",
+    )
+    check(
+        torch.backends.mkldnn.is_available(),
+        "fast.prepare (--fast) needs a torch that is built with oneDNN: leave it out.",
+    )
+    check(
+        weight.dtype != torch.bfloat16 or torch.ops.mkldnn._is_mkldnn_bf16_supported(),
+        "fast.prepare (--fast): this CPU does not compute in bfloat16; use float32.",
+    )
     for parent in list(unet.modules()):
         for name, layer in list(parent.named_children()):
             setattr(parent, name, faster(layer))
     return unet
+
+
+# --- on a GPU -------------------------------------------------------------------------------------
+
+
+def record(unet: nn.Module) -> nn.Module:
+    """Make a UNet replay its calls as CUDA graphs, in place. Returns it.
+
+    A GPU waits for Python where its kernels are short; a graph starts all of a call's kernels at
+    once. The calls of a run with the same open windows share a graph, which is recorded at the
+    second such call. All other calls run as before: the first one of each state, calls with
+    gradients, and calls with hooks that are not the package's linear ones, since a graph runs no
+    Python.
+    Raises UserError unless the UNet is on a CUDA device.
+    """
+    device = next(unet.parameters()).device
+    check(device.type == "cuda", f"fast.record takes a UNet on a CUDA device, not on {device}.")
+    unet.forward = Recorder(unet.forward)
+    return unet
+
+
+class Recorder:
+    """The forward of a recorded UNet. It keeps the graphs of one run, known by its context."""
+
+    def __init__(self, forward: Callable[..., Tensor]):
+        self.forward = forward
+        self.context: CachedContext | None = None
+        self.graphs: dict[Hashable, Graph | None] = {}
+        self.hooks: list[Any] = []  # they must live as long as the keys that hold their parts' ids
+
+    def __call__(
+        self, x: Tensor, t: int | Tensor, context: Any, hook: PromptRows | None = None
+    ) -> Tensor:
+        """Shapes are those of UNet.forward."""
+        state = () if hook is None else state_of(hook.hook)
+        if state is None or not isinstance(context, CachedContext) or torch.is_grad_enabled():
+            return self.forward(x, t, context, hook)
+        if context is not self.context:
+            self.context, self.graphs, self.hooks = context, {}, []
+            self.pool = torch.cuda.graph_pool_handle()
+        key = (x.shape, x.dtype, state)
+        if key not in self.graphs:
+            self.graphs[key] = None
+            self.hooks.append(hook)
+            return self.forward(x, t, context, hook)
+        graph = self.graphs[key] or Graph(self.forward, x, t, context, hook, self.pool)
+        self.graphs[key] = graph
+        return graph(x, t)
+
+
+class Graph:
+    """A recorded UNet call, for other latents and timesteps of the same shape."""
+
+    def __init__(
+        self,
+        forward: Callable[..., Tensor],
+        x: Tensor,
+        t: int | Tensor,
+        context: CachedContext,
+        hook: PromptRows | None,
+        pool: Any,
+    ):
+        self.x, self.t = x.clone(), torch.as_tensor(t, device=x.device).clone()
+        self.readings: list[tuple[Callable[[Tensor], None], Tensor]] = []
+        if hook is not None:
+            hook = PromptRows(CollectReadings(hook.hook, self.readings), hook.prompts)
+        self.graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(self.graph, pool=pool):
+            self.eps = forward(self.x, self.t, context, hook)
+
+    def __call__(self, x: Tensor, t: int | Tensor) -> Tensor:
+        self.x.copy_(x)
+        self.t.copy_(torch.as_tensor(t))
+        self.graph.replay()
+        for add, maps in self.readings:
+            add(maps.clone())  # the next replay overwrites `maps`
+        return self.eps.clone()
+
+
+class CollectReadings(Hook):
+    """A linear hook whose probes' maps are collected instead of added, to be added at replays."""
+
+    def __init__(self, hook: Hook, readings: list[tuple[Callable[[Tensor], None], Tensor]]):
+        self.hook, self.readings = hook, readings
+
+    def applies_to(self, layer: Layer) -> bool:
+        return self.hook.applies_to(layer)
+
+    def linear(self, layer: Layer) -> LinearEdit:
+        edit = self.hook.linear(layer)
+        assert edit is not None  # see state_of
+
+        def collect(add: Callable[[Tensor], None], maps: Tensor) -> None:
+            self.readings.append((add, maps))
+
+        return replace(edit, probes=tuple((c, partial(collect, add)) for c, add in edit.probes))
+
+
+def state_of(hook: Hook) -> Hashable:
+    """Return what a call's graph depends on besides its inputs; None: it can't be recorded.
+
+    It can be where every hook is linear at every layer at which it acts.
+    """
+    if isinstance(hook, Chain):
+        states = tuple(map(state_of, hook.hooks))
+        return None if None in states else states
+    if type(hook) is HoldSource:  # acts at no layer
+        return ()
+    if type(hook) is PromptToPrompt:
+        return id(hook.cross), id(hook.self_attn), id(hook.blends)
+    if type(hook) is AttentionStore:
+        is_linear = hook.columns is not None and not hook.kinds[False] and not hook.before_edit
+        return id(hook) if is_linear else None
+    return None
