@@ -47,17 +47,17 @@ def denoise(
     rows, n = len(x), len(uncond) if guidance_scale != 1 else 0
     context = CachedContext(torch.cat([cond, uncond]) if n else cond)
     calls = len(scheduler.timesteps)
+    # Tensors, because torch.compile would make a graph for each number; copied to the device here,
+    # because each copy waits for the device.
+    timesteps = [torch.as_tensor(t, device=x.device) for t in scheduler.timesteps]
     for call, t in enumerate(scheduler.timesteps):
         step_hook = None if hook is None else hook.at(call, calls, int(t))
         if step_hook is not None:
             x = step_hook.before_step(x)
         # Prompts and unconditional rows in one UNet call, which small models do faster than two.
         model_input = torch.cat([x, x[rows - n :]]) if n else x
-        timestep = torch.as_tensor(
-            t, device="cpu"
-        )  # a number would have torch.compile make a graph of each
         unet_hook = None if step_hook is None else PromptRows(step_hook, rows)
-        eps = unet(model_input.to(cond.dtype), timestep, context, unet_hook).float()
+        eps = unet(model_input.to(cond.dtype), timesteps[call], context, unet_hook).float()
         if n:  # classifier-free guidance, Ho & Salimans 2021, eq. 6
             eps, eps_uncond = eps.tensor_split([rows])
             guided = eps_uncond + guidance_scale * (eps[rows - n :] - eps_uncond)
