@@ -15,6 +15,8 @@ from .scheduler import DDIM, PNDM, Scheduler
 from .store import AttentionStore
 from .weights import StableDiffusion, WeightsError, load
 
+__version__ = "0.2.0"
+
 __all__ = [
     "DDIM",
     "PNDM",
