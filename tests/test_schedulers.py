@@ -13,17 +13,25 @@ from typing import Any
 import diffusers
 import pytest
 import torch
+from helpers import difference, noise
 from models import edit_json, make_layouts
 from torch import Tensor
 
 import minip2p
 from minip2p.scheduler import SPACINGS
 from minip2p.weights import WeightsError, load, schedule
+from minip2p.weights.files import Config
 
+CONFIG = Path("scheduler_config.json")
 OURS = {"DDIMScheduler": minip2p.DDIM, "PNDMScheduler": minip2p.PNDM}
 SD = {
-    **{"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear"},
-    **{"steps_offset": 1, "set_alpha_to_one": False, "skip_prk_steps": True, "clip_sample": False},
+    "beta_start": 0.00085,
+    "beta_end": 0.012,
+    "beta_schedule": "scaled_linear",
+    "steps_offset": 1,
+    "set_alpha_to_one": False,
+    "skip_prk_steps": True,
+    "clip_sample": False,
 }
 
 
@@ -39,24 +47,19 @@ def pipeline(narrow) -> diffusers.StableDiffusionPipeline:
     return pipe
 
 
-@pytest.fixture
-def folder(narrow, tmp_path) -> Path:
-    """A copy of the narrow model whose scheduler's config may be changed."""
-    copy = tmp_path / "model"
-    copy.mkdir()
-    for part in narrow.iterdir():
-        if part.name != "scheduler":
-            (copy / part.name).symlink_to(part)
-    shutil.copytree(narrow / "scheduler", copy / "scheduler")
-    return copy
+def read_config(**fields: Any) -> tuple[str, dict[str, Any]]:
+    """Read SD's config with these fields; those that are ... are left out. → sampler, levels"""
+    config = {"_class_name": "PNDMScheduler"} | SD | fields
+    config = Config(CONFIG, {name: value for name, value in config.items() if value is not ...})
+    levels = schedule.noise_levels(config)
+    return schedule.sampler(config), levels
 
 
-def configured(folder: Path, **fields: Any) -> Path:
-    """The scheduler's config becomes SD's with these fields; those given as ... are removed."""
-    file = folder / "scheduler" / "scheduler_config.json"
-    file.write_text(json.dumps({"_class_name": "PNDMScheduler"} | SD))
-    edit_json(file, **fields)
-    return file
+def read_quietly(**fields: Any) -> tuple[str, dict[str, Any]]:
+    """Read a config that gives no reason to a warning."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        return read_config(**fields)
 
 
 def corrected(pipeline: diffusers.StableDiffusionPipeline, kind: str, config: Any) -> Any:
@@ -74,7 +77,7 @@ def trajectory(scheduler: Any, steps: int | None = None) -> tuple[list[int], Ten
     if steps is not None:
         scheduler.set_timesteps(steps)
     predictions = torch.Generator().manual_seed(2)
-    x, latents = torch.randn(1, 4, 4, 4, generator=torch.Generator().manual_seed(1)), []
+    x, latents = noise(4, 4, seed=1), []
     timesteps = [int(t) for t in scheduler.timesteps]
     for t in timesteps:
         x = scheduler.step(torch.randn(x.shape, generator=predictions), t, x)
@@ -141,7 +144,7 @@ def test_spacings_with_new_noise(spacing, pipeline):
         theirs.set_timesteps(steps)
         noises = [torch.Generator().manual_seed(5) for _ in range(2)]
         ours = minip2p.DDIM(steps, eta=0.6, generator=noises[0], timestep_spacing=spacing)
-        x = y = torch.randn(1, 4, 4, 4, generator=torch.Generator().manual_seed(1))
+        x = y = noise(4, 4, seed=1)
         for t in ours.timesteps:
             x = theirs.step(x.cos(), t, x, eta=0.6, generator=noises[1]).prev_sample
             y = ours.step(y.cos(), t, y)
@@ -163,25 +166,23 @@ def test_every_number_of_steps_stays_within_training():
 
 
 @pytest.mark.parametrize("kind", OURS)
-def test_a_config_changes_the_whole_run_as_in_diffusers(folder, pipeline, kind):
-    """The issue's case: 4 steps of "trailing" differed from diffusers' by 0.71."""
-    file = configured(folder, _class_name=kind, timestep_spacing="trailing")
+def test_a_config_changes_the_whole_run_as_in_diffusers(narrow, tmp_path, pipeline, kind):
+    """4 steps of "trailing" once differed from diffusers' by 0.71."""
+    folder = shutil.copytree(narrow, tmp_path / "model")
+    file = folder / "scheduler" / "scheduler_config.json"
+    edit_json(file, **SD, _class_name=kind, timestep_spacing="trailing")
     model = load(folder, device="cpu")
     assert model.schedule["timestep_spacing"] == "trailing"
     settings = dict(num_inference_steps=4, height=64, width=64, guidance_scale=7.5)
-    ours = minip2p.generate(model, "a photo of a cat", seed=7, **settings).latents
+    ours = minip2p.generate(model, "a photo of a cat", seed=7, decode=False, **settings).latents
+    scheduler = corrected(pipeline, kind, json.loads(file.read_text()))
     theirs = diffusers.StableDiffusionPipeline(
-        **(pipeline.components | {"scheduler": corrected(pipeline, kind, load_json(file))}),
-        requires_safety_checker=False,
+        **(pipeline.components | {"scheduler": scheduler}), requires_safety_checker=False
     )
     theirs.set_progress_bar_config(disable=True)
-    noise = torch.randn(1, 4, 8, 8, generator=torch.Generator().manual_seed(7))
-    truth = theirs("a photo of a cat", latents=noise, output_type="latent", **settings).images
-    assert (ours - truth).norm() / truth.norm() < 1e-4
-
-
-def load_json(file: Path) -> dict[str, Any]:
-    return json.loads(file.read_text())
+    latents = noise(8, 8, seed=7)
+    truth = theirs("a photo of a cat", latents=latents, output_type="latent", **settings).images
+    assert difference(ours, truth) < 1e-4
 
 
 @pytest.mark.parametrize(
@@ -246,38 +247,34 @@ ACTING = [
 
 
 @pytest.mark.parametrize("kind, name", ACTING)
-def test_fields_act_as_in_diffusers(folder, pipeline, kind, name):
+def test_fields_act_as_in_diffusers(pipeline, kind, name):
     """Honoured ones change the run, those without effect do not; diffusers' run is the same."""
-    file = configured(folder, _class_name=kind, **{name: (HONOURED | WITHOUT_EFFECT)[name]})
-    with warnings.catch_warnings():
-        warnings.simplefilter("error")
-        model = load(folder, device="cpu")
-    ours = OURS[kind](9, **model.schedule)
-    assert_same_run(ours, corrected(pipeline, kind, load_json(file)), 9)
+    fields = {"_class_name": kind, name: (HONOURED | WITHOUT_EFFECT)[name]}
+    ours = OURS[kind](9, **read_quietly(**fields)[1])
+    assert_same_run(ours, corrected(pipeline, kind, SD | fields), 9)
     changes = not torch.equal(trajectory(ours)[1], trajectory(OURS[kind](9))[1])
     assert changes == (name in HONOURED)
 
 
 @pytest.mark.parametrize("kind", [*OURS, "EulerDiscreteScheduler"])
 @pytest.mark.parametrize("name", REFUSED)
-def test_fields_that_are_refused(folder, kind, name):
-    configured(folder, _class_name=kind, **{name: REFUSED[name]})
-    with pytest.raises(WeightsError, match=rf"scheduler_config.json has {name} = .* has .*: load"):
-        load(folder, device="cpu")
+def test_fields_that_are_refused(kind, name):
+    message = rf"scheduler_config.json has {name} = .* has .*: load"
+    with pytest.raises(WeightsError, match=message):
+        read_config(_class_name=kind, **{name: REFUSED[name]})
 
 
-def test_absent_fields_are_those_of_sd(folder, pipeline):
-    (folder / "scheduler" / "scheduler_config.json").write_text("{}")
-    model = load(folder, device="cpu")
-    assert model.scheduler == "pndm"
-    assert_same_run(minip2p.PNDM(9, **model.schedule), corrected(pipeline, "PNDMScheduler", SD), 9)
+def test_absent_fields_are_those_of_sd(pipeline):
+    absent = dict.fromkeys(["_class_name", *SD], ...)
+    sampler, levels = read_quietly(**absent)
+    assert sampler == "pndm"
+    assert_same_run(minip2p.PNDM(9, **levels), corrected(pipeline, "PNDMScheduler", SD), 9)
 
 
 @pytest.mark.parametrize("spacing", ["karras", 5, ["leading"]], ids=str)
-def test_spacings_that_are_refused(folder, spacing):
-    configured(folder, timestep_spacing=spacing)
+def test_spacings_that_are_refused(spacing):
     with pytest.raises(WeightsError, match=r"timestep_spacing = .*leading or trailing or linspace"):
-        load(folder, device="cpu")
+        read_config(timestep_spacing=spacing)
 
 
 # --- every class ----------------------------------------------------------------------------------
@@ -294,77 +291,65 @@ FEW_STEPS = {"LCMScheduler", "TCDScheduler"}
 CLASSES = sorted(name for name in dir(diffusers) if name.endswith("Scheduler"))
 
 
-def warned(folder: Path) -> list[str]:
-    with warnings.catch_warnings(record=True) as caught:
-        warnings.simplefilter("always")
-        model = load(folder, device="cpu")
-    assert model.scheduler == "ddim"
-    return [str(warning.message) for warning in caught]
-
-
 @pytest.mark.parametrize("name", CLASSES)
-def test_every_class_of_diffusers(folder, name):
+def test_every_class_of_diffusers(name):
     """Runs as itself, runs as DDIM with one line that says so, or is refused."""
-    file = configured(folder, _class_name=name)
     if name in OURS:
-        with warnings.catch_warnings():
-            warnings.simplefilter("error")
-            assert load(folder, device="cpu").scheduler == name[:4].lower()
+        assert read_quietly(_class_name=name)[0] == name[:4].lower()
     elif name in AS_DDIM | FEW_STEPS:
-        (line,) = warned(folder)
-        assert line.startswith(f"{file} asks for {name}: DDIM takes its place")
+        with pytest.warns(UserWarning) as warned:
+            assert read_config(_class_name=name)[0] == "ddim"
+        (line,) = (str(warning.message) for warning in warned)
+        assert line.startswith(f"{CONFIG} asks for {name}: DDIM takes its place")
         assert ("--steps 8 --guidance 1" in line) == (name in FEW_STEPS)
     else:
-        with pytest.raises(WeightsError, match=f"_class_name = {name}, as models of another noise"):
-            load(folder, device="cpu")
+        refused(name, f"_class_name = {name}, as models of another noise")
 
 
-def test_the_classes_that_the_issue_names_are_there():
+def refused(name: Any, message: str, **fields: Any) -> None:
+    with pytest.raises(WeightsError, match=message):
+        read_config(_class_name=name, **fields)
+
+
+def test_every_class_that_is_listed_is_in_diffusers():
     assert {*AS_DDIM, *FEW_STEPS, *OURS} <= set(CLASSES)
     assert {"FlowMatchEulerDiscreteScheduler", "EDMEulerScheduler"} <= set(CLASSES)
 
 
 @pytest.mark.parametrize("name", ["EulerDiscreteSchedulerOfMine", "DPMSolver3Scheduler"])
-def test_new_classes_of_the_family_run(folder, name):
-    configured(folder, _class_name=name)
-    assert len(warned(folder)) == 1
+def test_new_classes_of_the_family_run(name):
+    with pytest.warns(UserWarning, match="DDIM takes its place"):
+        assert read_config(_class_name=name)[0] == "ddim"
 
 
 @pytest.mark.parametrize("name", ["MyFlowScheduler", "EulerEDM and more", 7, ["DDIMScheduler"]])
-def test_classes_that_nobody_knows_are_refused(folder, name):
-    configured(folder, _class_name=name)
-    with pytest.raises(WeightsError, match="_class_name = "):
-        load(folder, device="cpu")
+def test_classes_that_nobody_knows_are_refused(name):
+    refused(name, "_class_name = ")
 
 
-def test_a_flow_in_the_clothes_of_another_class_is_refused(folder):
-    for name in ("DPMSolverMultistepScheduler", "UniPCMultistepScheduler"):
-        configured(folder, _class_name=name, use_flow_sigmas=True)
-        with pytest.raises(WeightsError, match="use_flow_sigmas = True, as flow-matching models"):
-            load(folder, device="cpu")
+@pytest.mark.parametrize("name", ["DPMSolverMultistepScheduler", "UniPCMultistepScheduler"])
+def test_a_flow_in_the_clothes_of_another_class_is_refused(name):
+    refused(name, "use_flow_sigmas = True, as flow-matching models", use_flow_sigmas=True)
 
 
 @pytest.mark.parametrize("name", sorted(FEW_STEPS))
-def test_distilled_models_begin_where_their_own_scheduler_does(folder, name):
+def test_distilled_models_begin_where_their_own_scheduler_does(name):
     """Leading would begin at 876, where training had less noise than a run begins with."""
-    file = configured(folder, _class_name=name, timestep_spacing="leading")
-    warned(folder)
-    theirs = getattr(diffusers, name).from_config(load_json(file))
+    theirs = getattr(diffusers, name).from_config(SD | {"timestep_spacing": "leading"})
     theirs.set_timesteps(8)
     with pytest.warns(UserWarning):
-        ours = minip2p.DDIM(8, **load(folder, device="cpu").schedule).timesteps
+        _, levels = read_config(_class_name=name, timestep_spacing="leading")
+    ours = minip2p.DDIM(8, **levels).timesteps
     assert ours[0] == theirs.timesteps[0] == 999
     for mine, other in zip(ours, theirs.timesteps.tolist(), strict=True):
         assert abs(mine - other) <= 20  # LCM's come from a grid of 50 steps
 
 
-def test_runge_kutta_steps_are_said_to_be_left_out(folder):
-    file = configured(folder, skip_prk_steps=False)
-    with pytest.warns(UserWarning, match=f"{file} asks for skip_prk_steps = False: PNDM runs"):
-        assert load(folder, device="cpu").scheduler == "pndm"
+def test_runge_kutta_steps_are_said_to_be_left_out():
+    with pytest.warns(UserWarning, match=f"{CONFIG} asks for skip_prk_steps = False: PNDM runs"):
+        assert read_config(skip_prk_steps=False)[0] == "pndm"
     # Only PNDM has such steps.
-    configured(folder, _class_name="DDIMScheduler", skip_prk_steps=False)
-    assert not warned(folder)
+    assert read_quietly(_class_name="DDIMScheduler", skip_prk_steps=False)[0] == "ddim"
 
 
 def test_the_bundled_model_is_loaded_without_a_word():
