@@ -177,7 +177,7 @@ def outcome(mutation: Mutation, copy: Path) -> str:
         return f"NOT APPLIED: the text stands there {source.count(mutation.old)} times"
     names, _, expression = mutation.tests.partition(" -k ")
     arguments = [str(copy / "tests" / name) for name in names.split()]
-    arguments += ["-x", "-q", "-n", "0", "-p", "no:cacheprovider", "--rootdir", str(copy)]
+    arguments += ["-x", "-q", "-n", "0", "--rootdir", str(copy)]
     arguments += ["-m", "not slow", *(["-k", expression] if expression else [])]
     if status := run_tests(arguments, copy):
         return f"NOT TESTED: without the mutation pytest's status is {status}"
