@@ -185,12 +185,12 @@ def clip_tokenizer_files(merges: list[str]) -> dict[str, bytes]:
     tokens = [*symbols, *(s + "</w>" for s in symbols), *(m.replace(" ", "") for m in merges)]
     vocab = {token: i for i, token in enumerate([*tokens, START, END])}
 
-    def special(content: str, **more: str) -> dict[str, object]:
+    def special(content: str, **fields: str) -> dict[str, object]:
         flags = {"lstrip": False, "normalized": True, "rstrip": False, "single_word": False}
-        return {"content": content, **flags, **more}
+        return {"content": content, **flags, **fields}
 
-    def special_tokens(**more: str) -> dict[str, object]:
-        start, end = special(START, **more), special(END, **more)
+    def special_tokens(**fields: str) -> dict[str, object]:
+        start, end = special(START, **fields), special(END, **fields)
         return {"bos_token": start, "eos_token": end, "unk_token": end, "pad_token": END}
 
     config = {

@@ -214,9 +214,11 @@ def age(folder: Path, tokenizer: Path) -> None:
     state = {"text_model." + k.removeprefix("text_model."): t for k, t in load_file(file).items()}
     save_file(state | {"text_model.embeddings.position_ids": torch.arange(77)[None]}, file)
 
-    both = ("_class_name", "block_out_channels", "down_block_types", "up_block_types")
-    keep_fields(folder / "unet" / "config.json", *both, "cross_attention_dim", "attention_head_dim")
-    keep_fields(folder / "vae" / "config.json", *both, "layers_per_block")
+    shared = ("_class_name", "block_out_channels", "down_block_types", "up_block_types")
+    keep_fields(
+        folder / "unet" / "config.json", *shared, "cross_attention_dim", "attention_head_dim"
+    )
+    keep_fields(folder / "vae" / "config.json", *shared, "layers_per_block")
     numbers = ("num_hidden_layers", "num_attention_heads", "vocab_size")
     sizes = ("hidden_size", "intermediate_size", "model_type", "hidden_act")
     keep_fields(folder / "text_encoder" / "config.json", *numbers, *sizes)

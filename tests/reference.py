@@ -45,10 +45,10 @@ def words_of(tokenizer: Any, prompt: str) -> list[tuple[str, list[int]]]:
 
 
 def positions(tokenizer: Any, prompt: str, words: Sequence[str]) -> list[int]:
-    """Where the tokens of `words` are in the prompt, of each one every occurrence."""
-    there = words_of(tokenizer, prompt)
-    assert {word for word, _ in there}.issuperset(words), (prompt, words)
-    return [at for word, tokens in there for at in tokens if word in words]
+    """List the positions of the tokens of `words` in the prompt, every occurrence."""
+    spans = words_of(tokenizer, prompt)
+    assert {word for word, _ in spans}.issuperset(words), (prompt, words)
+    return [at for word, tokens in spans for at in tokens if word in words]
 
 
 def replace(tokenizer: Any, source: str, target: str) -> tuple[Tensor, Tensor]:
@@ -174,8 +174,8 @@ class Run:
             mapper, takes_part, windows, weights = row
             inside = torch.tensor([self.inside(window) for window in windows])
             edited[e] = torch.where(inside & takes_part, probs[0] @ mapper, probs[e])
-            heard = inside | (edit is not None and edit.everywhere)
-            weighed[e] = edited[e] * torch.where(heard, weights, 1)
+            is_weighted = inside | (edit is not None and edit.everywhere)
+            weighed[e] = edited[e] * torch.where(is_weighted, weights, 1)
         if probs.shape[2] == math.prod(self.coarse):
             self.before = self.before + probs.mean(dim=1)
             self.unweighed = self.unweighed + edited.mean(dim=1)
@@ -212,7 +212,7 @@ class Run:
         size: torch.Size,
         pool: bool,
     ) -> Tensor:
-        """Where the source's words or the edit's exceed the threshold. → h w"""
+        """Mark where the source's words or the edit's exceed the threshold. → h w"""
         above = torch.zeros(size, dtype=torch.bool)
         for row, words in ((0, source), (e, target)):
             if not words:

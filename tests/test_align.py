@@ -180,7 +180,7 @@ def test_a_random_swap_is_the_reference_s(clip_tokenizer, pairs):
 
 @hypothesis.given(plain_words, plain_words)
 def test_a_random_refinement_is_the_reference_s(clip_tokenizer, source, target):
-    """Of equally long alignments any is right: so their tokens are counted and compared."""
+    """Any of equally long alignments is right, so their tokens are counted and compared."""
     source, target = " ".join(source), " ".join(target)
     x, y = tokenize(clip_tokenizer, source), tokenize(clip_tokenizer, target)
     alignment = refinement(x, y)
@@ -248,9 +248,9 @@ def test_source_is_too_long(clip_tokenizer):
     assert target.find("burger#38") == [38]
 
     alignment = replacement(source, target)
-    hand = {(0, 0): 1, (76, 41): 1, (75, 38): 1}  # begin, end, the half lasagne to burger 38
-    hand |= {(2 * n - 1, n): 1 for n in range(1, 38)} | {(2 * n, n): 1 for n in range(1, 38)}
-    assert entries(alignment.mapper) == hand
+    expected = {(0, 0): 1, (76, 41): 1, (75, 38): 1}  # begin, end, the half lasagne to burger 38
+    expected |= {(2 * n - 1, n): 1 for n in range(1, 38)} | {(2 * n, n): 1 for n in range(1, 38)}
+    assert entries(alignment.mapper) == expected
     # Burgers 39 and 40 have no counterpart that the model sees.
     assert [j for j in range(77) if not alignment.exists[j]] == [39, 40]
 
@@ -261,11 +261,11 @@ def test_target_is_too_long(clip_tokenizer):
     assert (source.end, target.end) == (41, 76)
 
     alignment = replacement(source, target)
-    hand = {(0, 0): 1, (38, 75): 1}
-    hand |= {(n, j): 0.5 for n in range(1, 38) for j in (2 * n - 1, 2 * n)}
+    expected = {(0, 0): 1, (38, 75): 1}
+    expected |= {(n, j): 0.5 for n in range(1, 38) for j in (2 * n - 1, 2 * n)}
     # Burgers 39 and 40 find no lasagne: to the end token, as the source's end and its padding.
-    hand |= {(i, 76): 1 for i in range(39, 77)}
-    assert entries(alignment.mapper) == hand
+    expected |= {(i, 76): 1 for i in range(39, 77)}
+    assert entries(alignment.mapper) == expected
     assert alignment.exists.all()
 
 
@@ -280,10 +280,10 @@ def test_both_are_too_long(clip_tokenizer):
             target.find(word)
 
     alignment = replacement(source, target)
-    hand = {(i, i): 1 for i in range(74)} | {(76, 76): 1}
-    hand |= {(74, 74): 0.5, (74, 75): 0.5}  # lion to hippo and potam
-    hand |= {(75, 76): 1}  # the tail has nowhere to go but the end
-    assert entries(alignment.mapper) == hand
+    expected = {(i, i): 1 for i in range(74)} | {(76, 76): 1}
+    expected |= {(74, 74): 0.5, (74, 75): 0.5}  # lion to hippo and potam
+    expected |= {(75, 76): 1}  # the tail has nowhere to go but the end
+    assert entries(alignment.mapper) == expected
     assert alignment.exists.all()
 
 
@@ -503,8 +503,8 @@ def test_calls_of(value, calls, inside):
 def test_adjoining_windows_share_no_call_and_leave_none_out():
     for calls in (1, 7, 50, 51):
         for middle in (0.0, 0.1, 1 / 3, 0.59, 1.0):
-            both = [*calls_of((0.0, middle), calls), *calls_of((middle, 1.0), calls)]
-            assert both == list(range(calls))
+            joined = [*calls_of((0.0, middle), calls), *calls_of((middle, 1.0), calls)]
+            assert joined == list(range(calls))
 
 
 @pytest.mark.parametrize("value", [0.5, (0, 0.5), [0, 0.5], torch.tensor([0, 0.5])])
@@ -516,7 +516,7 @@ BURGER, LASAGNE = "a squirrel eating a burger", "a lion eating a lasagne"
 
 
 @pytest.mark.parametrize(
-    ("windows", "default", "own"),
+    ("windows", "default", "named"),
     [
         (0.8, (0, 0.8), {}),
         ((0.1, 0.8), (0.1, 0.8), {}),
@@ -534,15 +534,15 @@ BURGER, LASAGNE = "a squirrel eating a burger", "a lion eating a lasagne"
         ({"lion": 0.4, "squirrel": 0.4}, (0, 1), {2: (0, 0.4)}),  # twice the same
     ],
 )  # fmt: skip
-def test_token_windows(clip_tokenizer, windows, default, own):
+def test_token_windows(clip_tokenizer, windows, default, named):
     """The tokens are 1 a, 2 lion, 3 eating, 4 a, 5 lasag, 6 ne, 7 <end>."""
     source, target = tokenize(clip_tokenizer, BURGER), tokenize(clip_tokenizer, LASAGNE)
-    found = token_windows(windows, source, target, replacement(source, target))
-    assert found == [own.get(j, default) for j in range(77)]
+    of_tokens = token_windows(windows, source, target, replacement(source, target))
+    assert of_tokens == [named.get(j, default) for j in range(77)]
 
 
 @pytest.mark.parametrize(
-    ("weights", "own"),
+    ("weights", "named"),
     [
         ({}, {}),
         ({"lion": 2}, {2: 2}),
@@ -551,7 +551,7 @@ def test_token_windows(clip_tokenizer, windows, default, own):
         ({"eating a": 0.5}, {3: 0.5, 4: 0.5}),
     ],
 )
-def test_token_weights(clip_tokenizer, weights, own):
+def test_token_weights(clip_tokenizer, weights, named):
     source, target = tokenize(clip_tokenizer, BURGER), tokenize(clip_tokenizer, LASAGNE)
-    found = token_weights(weights, source, target, replacement(source, target))
-    assert found.tolist() == [own.get(j, 1) for j in range(77)]
+    of_tokens = token_weights(weights, source, target, replacement(source, target))
+    assert of_tokens.tolist() == [named.get(j, 1) for j in range(77)]

@@ -162,8 +162,8 @@ def test_inverse_step_undoes_the_step(steps, offset):
     for scheduler in (minip2p.DDIM(steps, steps_offset=offset), minip2p.PNDM(steps)):
         for t in scheduler.timesteps:
             x, eps = torch.randn(2, 2, 4, 8, 8)
-            there = scheduler.inverse_step(eps, t, x)
-            assert error(minip2p.DDIM.step(scheduler, eps, t, there), x) < 1e-5, t
+            noisier = scheduler.inverse_step(eps, t, x)
+            assert error(minip2p.DDIM.step(scheduler, eps, t, noisier), x) < 1e-5, t
 
 
 @pytest.mark.parametrize("steps", [1, 2, 3, 4, 20, 30, 50, 999])

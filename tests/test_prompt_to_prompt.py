@@ -393,9 +393,9 @@ def wrong_case(how: str) -> Case:
     return replace(CASES[name], theirs=[replace(CASES[name].theirs[0], **changes)])
 
 
-def run_ours(model: minip2p.StableDiffusion, case: Case, **more: Any) -> minip2p.Result:
-    settings = {"num_inference_steps": STEPS, "scheduler": "ddim", "latents": noise()}
-    settings |= case.settings | case.only_ours | {"decode": False} | more
+def run_ours(model: minip2p.StableDiffusion, case: Case, **settings: Any) -> minip2p.Result:
+    usual = {"num_inference_steps": STEPS, "scheduler": "ddim", "latents": noise()}
+    settings = usual | case.settings | case.only_ours | {"decode": False} | settings
     return minip2p.generate(model, case.prompts, edit=case.ours, **settings)
 
 
@@ -523,7 +523,7 @@ def halfway(model: minip2p.StableDiffusion, size: tuple[int, int], edits: Any):
 
 
 def each_layer(unet: Any, x: Tensor, context: Tensor, edit: Any, written: Any) -> dict[Any, float]:
-    """Of every layer of one UNet call, on its own input: how far the two ways differ."""
+    """Return how far the two ways differ at every layer of one UNet call, each on its own input."""
     differences = {}
 
     def compare(module: Attention, args: tuple, out: Tensor) -> None:
@@ -544,11 +544,11 @@ def each_layer(unet: Any, x: Tensor, context: Tensor, edit: Any, written: Any) -
 @pytest.mark.parametrize("name", MIXES)
 def test_every_layer_fused_equals_written_out(model, name):
     _, context, x, edit = halfway(model, (32, 32), MIXES[name])
-    found = each_layer(model.unet, x, context, edit, WrittenOut(edit))
-    print(f"{name}: {max(found.values()):.1e}")
-    assert max(found.values()) < 1e-5
+    errors = each_layer(model.unet, x, context, edit, WrittenOut(edit))
+    print(f"{name}: {max(errors.values()):.1e}")
+    assert max(errors.values()) < 1e-5
 
-    layers = {(place, is_cross, size) for _, place, is_cross, size in found}
+    layers = {(place, is_cross, size) for _, place, is_cross, size in errors}
     places = {("down", n) for n in (32, 16, 8)} | {("mid", 4)} | {("up", n) for n in (32, 16, 8)}
     assert layers == {(place, cross, (n, n)) for place, n in places for cross in (True, False)}
 
@@ -563,7 +563,7 @@ def test_every_layer_with_guidance_and_a_store_of_words(model, name):
         store.at(0, 1, 0)
     fused, written = (Chain([edit, store]) for store in stores)
     x, context = torch.cat([x, x]), torch.cat([context, context.flip(0)])
-    found = each_layer(
+    errors = each_layer(
         model.unet,
         x,
         context,
@@ -571,8 +571,8 @@ def test_every_layer_with_guidance_and_a_store_of_words(model, name):
         PromptRows(WrittenOut(written), len(prompts)),
     )
     read = [difference(*(store.average((n, n)) for store in stores)) for n in (16, 8, 4, 2)]
-    print(f"{name}: {max(found.values()):.1e}, maps of words {max(read):.1e}")
-    assert max(*found.values(), *read) < 1e-5
+    print(f"{name}: {max(errors.values()):.1e}, maps of words {max(read):.1e}")
+    assert max(*errors.values(), *read) < 1e-5
 
 
 @pytest.fixture
@@ -591,9 +591,9 @@ def test_every_layer_fused_equals_written_out_to_the_last_digits_in_float64(mode
     in_float64.text_encoder = copy.deepcopy(model.text_encoder).double()
     _, context, x, edit = halfway(in_float64, (16, 16), MIXES[name])
     assert x.dtype == context.dtype == torch.float64
-    found = each_layer(in_float64.unet, x, context, edit, WrittenOut(edit))
-    print(f"{name}: {max(found.values()):.1e}")
-    assert max(found.values()) < 1e-12
+    errors = each_layer(in_float64.unet, x, context, edit, WrittenOut(edit))
+    print(f"{name}: {max(errors.values()):.1e}")
+    assert max(errors.values()) < 1e-12
 
 
 # --- what it means -------------------------------------------------------------------------------
@@ -704,12 +704,14 @@ def test_edits_in_one_batch_are_as_if_alone(model):
 
 def test_two_runs_give_the_same_bytes(model):
     target, edit = EDITS["blend"]
-    one, two = (
+    first, second = (
         generate(model, [SQUIRREL, target], edit, store=True, decode=True) for _ in range(2)
     )
-    assert torch.equal(one.latents, two.latents)
-    assert [image.tobytes() for image in one.images] == [image.tobytes() for image in two.images]
-    assert torch.equal(one.attention.average(), two.attention.average())
+    assert torch.equal(first.latents, second.latents)
+    assert [image.tobytes() for image in first.images] == [
+        image.tobytes() for image in second.images
+    ]
+    assert torch.equal(first.attention.average(), second.attention.average())
 
 
 # --- the store -----------------------------------------------------------------------------------
@@ -786,20 +788,20 @@ def test_words_are_columns_of_the_whole_maps(model, before_edit):
     new = THREE
     prompts = [SQUIRREL, f"a photo of a squirrel eating a {new}"]
     words = ["squirrel", new, "burger", "eating a"]
-    whole, some = (
+    whole, columns = (
         minip2p.AttentionStore(words=words, before_edit=before_edit) for words in (None, words)
     )
-    for store in (whole, some):
+    for store in (whole, columns):
         generate(model, prompts, WordSwap({new: 0.4}, 0.4, LocalBlend(new)), store=store)
-    assert some.average().shape == (2, 16, 16, 4)
+    assert columns.average().shape == (2, 16, 16, 4)
     pairs = [(w, p) for w in words for p in (0, 1) if w in prompts[p]]
     for size in ((16, 16), (8, 8)):
         for name, prompt in pairs:
             expected = whole.word(name, prompt, size=size)
             assert expected.shape == size
-            assert difference(some.word(name, prompt, size=size), expected) < 1e-5
+            assert difference(columns.word(name, prompt, size=size), expected) < 1e-5
             for place in ("down", "up"):
-                a, b = (s.word(name, prompt, size=size, places=[place]) for s in (some, whole))
+                a, b = (s.word(name, prompt, size=size, places=[place]) for s in (columns, whole))
                 assert difference(a, b) < 1e-5
     at = ref.positions(model.tokenizer, prompts[1], [new])
     torch.testing.assert_close(whole.word(new, 1), whole.average()[1][..., at].sum(dim=-1))

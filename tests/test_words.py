@@ -136,7 +136,7 @@ def test_counterparts_of_the_bundled_vocabulary(bundled, source, target, table):
 
 
 def test_a_word_of_pieces_is_cut(clip_tokenizer):
-    """Of "hippopotamus-like" the hippopotamus fits, whose three tokens stand for all three."""
+    """The hippopotamus of "hippopotamus-like" fits: its three tokens stand for all three."""
     with pytest.warns(UserWarning, match="room for 75 tokens"):
         source = tokenize(clip_tokenizer, "very " * 72 + "cat-like thing")
         target = tokenize(clip_tokenizer, "very " * 72 + "hippopotamus-like thing")
