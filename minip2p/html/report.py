@@ -1,28 +1,30 @@
-"""The results of a sweep as one HTML file: contact sheets, plots, the table, all in it.
+"""The results of a sweep as one HTML file: contact sheets, plots and the table.
 
-`write_report` fills report.html, which draws. Nothing is ever fetched.
+`write_report` fills report.html, whose script draws. The page fetches nothing.
 """
 
 from __future__ import annotations
 
+import json
 from collections.abc import Sequence
 from html import escape
-from pathlib import Path
+from pathlib import Path, PurePath
 from typing import Any
 
 from PIL import Image
 
-from ..align import DEFAULT
-from ..errors import check
-from ..sweep.results import Row, put, read_rows
-from ..sweep.study import ONE
+from ..errors import UserError, check
+from ..saved import write_files
+from ..sweep.results import Row, read_rows
+from ..sweep.study import SETTINGS, label
 from .template import data_uri, fill, script_json
 
 TEMPLATE = Path(__file__).with_name("report.html")
+TITLE = "<title>Sweep "  # near the beginning of every report
 THUMBNAIL = 160  # pixels of a picture's longer side, at most
-ABOUT_THE_MAKING = "id", "source", "picture", "worker", "device", "minip2p", "error"
-OF_STUDY = "model", "weights", "dtype"
-SENTENCES = {  # what a measurement says
+MAKING = "id", "source", "file", "picture", "worker", "device", "minip2p", "error"
+MODEL = "model", "weights", "dtype"
+SENTENCES = {  # what a figure says
     "psnr_outside": "background kept, dB",
     "ssim_outside": "background kept, SSIM",
     "edited": "change where the words look, 1 - SSIM",
@@ -38,42 +40,48 @@ SENTENCES = {  # what a measurement says
 
 
 def write_report(folder: Path) -> Path:
-    """Write `folder`/report.html. Raises ValueError if there are no results."""
-    rows = [
-        row | ({"edited": 1 - row["ssim_inside"]} if "ssim_inside" in row else {})
-        for row in read_rows(folder).values()
-    ]
+    """Write `folder`/report.html. Raises UserError if there are no results, or another's page."""
+    rows = list(read_rows(folder).values())
     check(rows, f"{folder} has no results.jsonl with rows: give the folder of a sweep.")
     path = folder / "report.html"
-    put(path, report(rows, folder).encode())
+    write_files({path: report(rows, folder).encode()}, check_report)
     return path
 
 
+def check_report(path: Path) -> None:
+    """Raise UserError if something else than a report stands there."""
+    if path.exists() and TITLE.encode() not in path.read_bytes()[:4096]:
+        raise UserError(f"{path} is no report of a sweep and will not be replaced: move it first.")
+
+
 def report(rows: Sequence[Row], folder: Path) -> str:
-    """The text of the page. rows: of a table, whose pictures are in `folder`."""
-    names = list(dict.fromkeys(name for row in rows for name in row))
-    settings = [n for n in names if n in ONE or n in OF_STUDY]
-    labels = {n: [label(row.get(n)) for row in rows] for n in settings}
+    """Return the text of the page. rows: of a table whose pictures are in `folder`."""
+    names = [n for n in dict.fromkeys(n for row in rows for n in row) if not n.endswith("_text")]
+    settings = [n for n in names if n in SETTINGS or n in MODEL]
+    labels = {n: distinct_labels([row.get(n) for row in rows]) for n in settings}
     if "image" in settings:
-        labels["image"] = [Path(text).name for text in labels["image"]]
+        labels["image"] = image_labels(rows)
     varied = [n for n in settings if len(set(labels[n])) > 1]
     if "swap" in varied and "to" in varied:  # the same, longer
         pairs = set(zip(labels["swap"], labels["to"], labels["prompt"], strict=True))
         if len(pairs) == len({(swap, prompt) for swap, _, prompt in pairs}):
             varied.remove("to")
-    measured = [n for n in names if n not in (*settings, *ABOUT_THE_MAKING)]
-    measured.sort(key=lambda n: [*SENTENCES, n].index(n))
-    thumbnails = {id: thumbnail(folder / f"{id}.png") for id in sources_and_runs(rows)}
+    figures = [figures_of(row) for row in rows]
+    order = [*SENTENCES, *names]
+    measured = sorted({n for row in figures for n in row} - {*settings, *MAKING}, key=order.index)
+    ids = dict.fromkeys(id for row in rows for id in (row["source"], row["id"]))
+    thumbnails = {id: thumbnail(folder / f"{id}.png") for id in ids}
     data: dict[str, Any] = {
         "settings": varied,
         "measures": [[n, SENTENCES.get(n, n)] for n in measured],
+        "has_images": any(row.get("image") for row in rows),
         "rows": [
             {
                 "id": row["id"],
                 "source": row["source"],
-                "set": [labels[n][i] for n in varied],
-                "found": [row.get(n) for n in measured],
-                "error": row.get("error"),
+                "labels": [labels[n][i] for n in varied],
+                "figures": [figures[i].get(n) for n in measured],
+                "error": str(row["error"]) if "error" in row else None,
             }
             for i, row in enumerate(rows)
         ],
@@ -88,33 +96,57 @@ def report(rows: Sequence[Row], folder: Path) -> str:
     return fill(TEMPLATE, values)
 
 
-def sources_and_runs(rows: Sequence[Row]) -> list[str]:
-    return list(dict.fromkeys(id for row in rows for id in (row["source"], row["id"])))
+def distinct_labels(values: Sequence[Any]) -> list[str]:
+    """Return a label of each value, long enough to tell different values apart."""
+    texts = [json.dumps(value) for value in values]
+    labels = [label(value) for value in values]
+    texts_of: dict[str, set[str]] = {}
+    for name, text in zip(labels, texts, strict=True):
+        texts_of.setdefault(name, set()).add(text)
+    return [
+        name if len(texts_of[name]) == 1 else text for name, text in zip(labels, texts, strict=True)
+    ]
 
 
-def label(value: Any) -> str:
-    """A setting's value for people: 0.8 of [0, 0.8], "lion 0.4, others 0.8" of a dict."""
-    if value is None or value in ([], {}, ""):
-        return "none"
-    if isinstance(value, dict) and "words" in value:  # a blend
-        more = f" without {', '.join(value['subtract'])}" if value["subtract"] else ""
-        usual = {"threshold": 0.3, "start": 0.0}
-        more += "".join(f", {n} {value[n]:g}" for n, v in usual.items() if value[n] != v)
-        return ", ".join(value["words"]) + more
-    if isinstance(value, dict):
-        return ", ".join(f"{'others' if w == DEFAULT else w} {label(v)}" for w, v in value.items())
-    if isinstance(value, list) and all(isinstance(v, float) for v in value):  # a window
-        return f"{value[1]:g}" if value[0] == 0 else f"{value[0]:g} to {value[1]:g}"
-    if isinstance(value, list):
-        return ", ".join(map(str, value))
-    return f"{value:g}" if isinstance(value, float) else str(value)
+def image_labels(rows: Sequence[Row]) -> list[str]:
+    """Return the end of each picture's path that no other path ends with."""
+    paths = {str(row["image"]) for row in rows if row.get("image")}
+    hashes = {path: {r.get("picture") for r in rows if r.get("image") == path} for path in paths}
+
+    def shortest(path: str) -> str:
+        parts = PurePath(path).parts
+        ends = ("/".join(parts[-n:]) for n in range(1, len(parts)))
+        others = [PurePath(other).as_posix() for other in paths if other != path]
+        is_clear = (end for end in ends if not any(f"/{o}".endswith(f"/{end}") for o in others))
+        return next(is_clear, path)
+
+    ends = {path: shortest(path) for path in paths}
+    labels = []
+    for row in rows:
+        path = str(row.get("image") or "")
+        end = ends.get(path, "none")
+        is_changed = path in paths and len(hashes[path]) > 1  # the file, between two sweeps
+        labels.append(f"{end} ({row.get('picture')})" if is_changed else end)
+    return labels
+
+
+def figures_of(row: Row) -> dict[str, float]:
+    """Return a row's finite numbers."""
+    row = row | {"edited": 1 - row["ssim_inside"]} if is_figure(row.get("ssim_inside")) else row
+    return {name: value for name, value in row.items() if is_figure(value)}
+
+
+def is_figure(value: Any) -> bool:
+    is_real = isinstance(value, int | float) and not isinstance(value, bool)
+    return is_real and abs(value) < 1e300  # nan is not, and JSON has neither it nor infinity
 
 
 def thumbnail(path: Path) -> str | None:
-    """A picture as a data URI; None if it is not there: its run has an error."""
-    if not path.exists():
+    """Return a picture as a data URI, or None if there is none that can be read."""
+    try:
+        with Image.open(path, formats=["PNG"]) as image:
+            small = image.convert("RGB")
+    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError):
         return None
-    with Image.open(path) as image:
-        small = image.convert("RGB")
     small.thumbnail((THUMBNAIL, THUMBNAIL))
     return data_uri(small, png_bytes=0, quality=88)
