@@ -42,9 +42,9 @@ sys.path[:0] = [str(HERE.parent)]
 import minip2p  # noqa: E402
 from minip2p import LocalBlend, Refine, Reweight  # noqa: E402
 from minip2p.pipeline import bind_edit  # noqa: E402
+from minip2p.saved import write_files  # noqa: E402
 from minip2p.sweep.ray import Work, cluster  # noqa: E402
-from minip2p.sweep.results import Files, Row, put  # noqa: E402
-from minip2p.sweep.worker import identity  # noqa: E402
+from minip2p.sweep.results import Files, Row  # noqa: E402
 
 STEPS, GUIDANCE, CROSS, SELF = 50, 7.5, 0.4, 0.6
 METHODS = {  # arguments of invert
@@ -370,7 +370,7 @@ class Picture:
 class Editor:
     """A model and the metrics, in this process or on a Ray cluster."""
 
-    def __init__(self, args: argparse.Namespace, beside: int = 0):
+    def __init__(self, args: argparse.Namespace):
         model = minip2p.load(args.model, device=args.device)
         # The authors' scheduler has no offset: timesteps 980 to 0.
         schedule = {**model.schedule, "steps_offset": 0, "set_alpha_to_one": False}
@@ -379,8 +379,8 @@ class Editor:
         self.metrics = [metric for metric in metrics.values() if not isinstance(metric, str)]
         self.left_out = {name: why for name, why in metrics.items() if isinstance(why, str)}
 
-    def tell(self) -> dict[str, Any]:
-        return {"id": identity(self.model), "left out": self.left_out}
+    def describe(self) -> dict[str, Any]:
+        return {"id": self.model.identity(), "left out": self.left_out}
 
     @torch.inference_mode()
     def run(self, pictures: Sequence[Picture]) -> list[tuple[Row, Files]]:
@@ -409,7 +409,7 @@ def editors(args: argparse.Namespace) -> Iterator[tuple[dict[str, Any], Work]]:
             yield those
     else:
         editor = Editor(args)
-        yield editor.tell(), lambda groups: map(editor.run, groups)
+        yield editor.describe(), lambda groups: map(editor.run, groups)
 
 
 def run(args: argparse.Namespace) -> dict[str, dict[str, Any]]:
@@ -431,8 +431,7 @@ def run(args: argparse.Namespace) -> dict[str, dict[str, Any]]:
                     raise ValueError(f"{row['id']}: {row['error']}")
                 for name, content in files.items():
                     target = args.out / "annotation_images" / name
-                    target.parent.mkdir(parents=True, exist_ok=True)
-                    put(target, content)
+                    write_files({target: content})
                 with file.open("a") as lines:
                     lines.write(json.dumps(row) + "\n")
                 results[row["id"]] = row

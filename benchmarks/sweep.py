@@ -1,12 +1,12 @@
-"""What a sweep costs over a bare loop of `generate`, and how it grows with edits and workers.
+"""Measure what a sweep costs over a loop of `generate`, and how it grows with edits and workers.
 
-    python benchmarks/sweep.py overhead            one process; the two sides take turns
+    python benchmarks/sweep.py overhead            one process; both sides in turns
     python benchmarks/sweep.py growth              1 to 8 edits a source
     python benchmarks/sweep.py workers             216 runs in a process of one and of two threads,
                                                    and by two Ray workers of one thread each
 
-Overhead: for each group of runs that share a source, what the sweep does (its worker makes,
-measures and encodes them, its table writes them) beside the loop one would write: generate, save.
+Overhead: for each group of runs that share a source, the sweep makes, measures, encodes and writes
+them; the loop that one would write by hand generates and saves them.
 """
 
 import argparse
@@ -24,10 +24,10 @@ from run import run_python
 
 import minip2p
 from minip2p import fast
-from minip2p.sweep.program import grouped, make_jobs
+from minip2p.sweep.__main__ import BATCH, grouped
 from minip2p.sweep.results import Table
-from minip2p.sweep.study import edit_of, read
-from minip2p.sweep.worker import Job, Worker
+from minip2p.sweep.study import SweepRun, read, resolve
+from minip2p.sweep.worker import Worker
 
 SWAPS = ["squirrel=lion", "burger=pizza", "squirrel=cat", "burger=cake"]
 WINDOWS = [0.2, 0.8]  # of cross-attention
@@ -49,66 +49,56 @@ def write_study(path: Path, edits: int, seeds: int) -> Path:
     return path
 
 
-def bare(model: minip2p.StableDiffusion, jobs: Sequence[Job], folder: Path) -> None:
-    """The loop one would write."""
-    of = jobs[0].settings
-    prompts = [of["prompt"], *(job.settings["to"] for job in jobs)]
-    names = "seed", "num_inference_steps", "guidance_scale"
+def plain_loop(model: minip2p.StableDiffusion, runs: Sequence[SweepRun], folder: Path) -> None:
+    """Make and save the pictures of runs that share their source, as one would by hand."""
+    first = runs[0].run
     result = minip2p.generate(
         model,
-        prompts,
-        edit=[edit_of(job.settings) for job in jobs],
-        **{name: of[name] for name in names},
+        [first.prompts[0], *(run.run.prompts[1] for run in runs)],
+        edit=[run.run.edits[0] for run in runs],
+        seed=first.seed,
+        num_inference_steps=first.num_inference_steps,
+        guidance_scale=first.guidance_scale,
     )
-    for job, image in zip(jobs, result.images[1:], strict=True):
-        image.save(folder / f"{job.id}.png")
+    for run, image in zip(runs, result.images[1:], strict=True):
+        image.save(folder / f"{run.id}.png")
 
 
 def overhead(edits: int, seeds: int) -> None:
+    """Print what a sweep costs over a plain loop, group by group, the two sides in turns."""
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         study = read(write_study(folder / "study.toml", edits, seeds))
-        worker, table, loop = Worker(study.about), Table(folder / "sweep"), folder / "loop"
-        table.folder.mkdir()
-        loop.mkdir()
-        told = worker.tell()
-        groups = grouped(make_jobs(study, told), told["pixels"])
-        model = minip2p.load()
-        ratios, seconds, cpu = [], [], []
+        (folder / "sweep").mkdir()
+        (folder / "loop").mkdir()
+        worker, table, model = Worker(study[0].run), Table(folder / "sweep"), minip2p.load()
+        groups = grouped(resolve(study, worker.describe()), BATCH)
+        ratios, seconds, cpu_ratios = [], [], []
         for turn, group in enumerate(groups):
-
-            def sweep(group: Sequence[Job] = group) -> None:
-                for row, files in worker.run(group):
-                    table.add(row, files)
-
-            def one(group: Sequence[Job] = group) -> None:
-                bare(model, group, loop)
-
+            sides = {
+                "sweep": lambda group=group: table.add(worker.run(group)),
+                "loop": lambda group=group: plain_loop(model, group, folder / "loop"),
+            }
             took, used = {}, {}
-            for side in (sweep, one) if turn % 2 else (one, sweep):
-                began, at = time.perf_counter(), time.process_time()
-                side()
+            for side in sorted(sides, reverse=turn % 2 == 1):
+                began, cpu_began = time.perf_counter(), time.process_time()
+                sides[side]()
                 took[side] = time.perf_counter() - began
-                used[side] = time.process_time() - at
+                used[side] = time.process_time() - cpu_began
             if turn:  # the first only warms up
-                ratios.append(took[sweep] / took[one])
-                cpu.append(used[sweep] / used[one])
-                seconds.append(took[one] / len(group))
+                ratios.append(took["sweep"] / took["loop"])
+                cpu_ratios.append(used["sweep"] / used["loop"])
+                seconds.append(took["loop"] / len(group))
         print(
-            f"{len(groups[0])} edits a source, {len(ratios)} groups: a bare loop "
-            f"{1 / statistics.median(seconds):.2f} runs/s; sweep / bare loop, medians: "
-            f"{statistics.median(ratios):.3f} in seconds, {statistics.median(cpu):.3f} in CPU time"
+            f"{len(groups[0])} edits a source, {len(ratios)} groups: a plain loop "
+            f"{1 / statistics.median(seconds):.2f} runs/s; sweep / plain loop, medians: "
+            f"{statistics.median(ratios):.3f} in seconds, {statistics.median(cpu_ratios):.3f} in "
+            "CPU time"
         )
 
 
-def timed(study: Path, out: Path, threads: int, *more: str) -> float:
-    """Seconds from the start of the command to its end."""
-    command = ["-m", "minip2p.sweep", str(study), "--out", str(out), "--latents", *more]
-    return run_python(command, threads)[0]
-
-
 def workers(edits: int, seeds: int, repetitions: int) -> None:
-    """Wall clock of whole commands, starting included, and how far latents are from each other."""
+    """Print runs a second of whole commands, their start included, and how latents differ."""
     sides = {
         "one process, one thread": (1,),
         "one process, two threads": (2,),
@@ -119,21 +109,25 @@ def workers(edits: int, seeds: int, repetitions: int) -> None:
         study = write_study(folder / "study.toml", edits, seeds)
         took: dict[str, list[float]] = {}
         for turn in range(repetitions):
-            for side, (threads, *more) in sides.items():
+            for side, (threads, *options) in sides.items():
                 out = folder / f"{side} {turn}"
-                took.setdefault(side, []).append(timed(study, out, threads, *more))
-        first = {
-            path.stem: np.load(path) for path in (folder / f"{next(iter(sides))} 0").glob("*.npy")
+                words = ["-m", "minip2p.sweep", str(study), "--out", str(out), "--latents"]
+                took.setdefault(side, []).append(run_python([*words, *options], threads)[0])
+        latents = {
+            side: {path.stem: np.load(path) for path in (folder / f"{side} 0").glob("*.npy")}
+            for side in sides
         }
+        first = latents[next(iter(sides))]
         for side, seconds in took.items():
-            there = {p.stem: np.load(p) for p in (folder / f"{side} 0").glob("*.npy")}
-            assert there.keys() == first.keys()
-            apart = max(
-                np.abs(there[id] - first[id]).max() / np.abs(first[id]).max() for id in first
+            assert latents[side].keys() == first.keys()
+            difference = max(
+                np.abs(latents[side][id] - first[id]).max() / np.abs(first[id]).max()
+                for id in first
             )
             rate = edits * seeds / statistics.median(seconds)
             print(
-                f"{side}: {rate:.2f} runs/s, {seconds}; latents from the first side's: {apart:.1e}"
+                f"{side}: {rate:.2f} runs/s, {seconds}; latents differ from the first side's by "
+                f"{difference:.1e}"
             )
 
 

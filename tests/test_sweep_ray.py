@@ -2,24 +2,28 @@
 
 import json
 import os
+import resource
 import signal
 import subprocess
 import sys
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
-from test_sweep import SQUIRREL, complete_and_once, limited, rows_of, start, wait_for_rows
+from test_sweep import LION, SQUIRREL, assert_complete, resolved, rows_of
 
-from minip2p.sweep import ray as cluster
-from minip2p.sweep.worker import Job
+import minip2p
+from minip2p.sweep.ray import map_unordered
+from minip2p.sweep.study import SweepRun
 
-# Read when Ray is imported, here and in the commands: or 127.0.0.1 would become the machine's own
-# address.
+# Ray reads these when it is imported, here and in the commands; without them, 127.0.0.1 becomes the
+# machine's own address.
 os.environ.update(RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER="0", RAY_USAGE_STATS_ENABLED="0")
 ray = pytest.importorskip("ray", reason="Ray is not installed: pip install 'minip2p[ray]'")
+pytestmark = pytest.mark.slow
 
 RUNS = 24
 STUDY = f"""
@@ -37,34 +41,58 @@ def nodes() -> Iterator[Any]:
     """Two nodes with a core each; each actor has one, and one thread."""
     from ray.cluster_utils import Cluster
 
-    both = Cluster(initialize_head=True, head_node_args={"include_dashboard": False, **NODE})
+    cluster = Cluster(initialize_head=True, head_node_args={"include_dashboard": False, **NODE})
     try:
-        both.add_node(**NODE)
-        both.wait_for_nodes()
-        yield both
+        cluster.add_node(**NODE)
+        cluster.wait_for_nodes()
+        yield cluster
     finally:
-        both.shutdown()
+        cluster.shutdown()
 
 
 @pytest.fixture
-def folder(tmp_path: Path) -> Path:
-    (tmp_path / "study.toml").write_text(STUDY)
+def folder(tmp_path: Path, toy_folder: Path) -> Path:
+    (tmp_path / "study.toml").write_text(f'model = "{toy_folder}"\n{STUDY}')
     return tmp_path
 
 
-def begin(folder: Path, nodes: Any, *more: str, **how: Any) -> Any:
-    """Two edits with their source a call of generate: twelve calls."""
-    words = ["study.toml", "--out", "out", "--batch", "3", "--address", nodes.address, *more]
-    return start(*words, cwd=folder, **how)
+def start(*words: str, cwd: Path, threads: int = 2, **options: Any) -> subprocess.Popen[str]:
+    package = str(Path(minip2p.__file__).parents[1])
+    return subprocess.Popen(
+        [sys.executable, "-m", "minip2p.sweep", *words],
+        cwd=cwd,
+        env={**os.environ, "PYTHONPATH": package, "OMP_NUM_THREADS": str(threads)},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        **options,
+    )
+
+
+def wait_for_rows(table: Path, n: int, process: subprocess.Popen[str]) -> None:
+    while not table.exists() or table.read_bytes().count(b"\n") < n:
+        assert process.poll() is None, process.communicate()
+        time.sleep(0.01)
+
+
+def limited(size: int) -> None:
+    """Let the disk take no file that is longer."""
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, size))
+
+
+def begin(folder: Path, nodes: Any, *options: str, **settings: Any) -> Any:
+    """Start a sweep with two edits and their source in each of twelve calls of generate."""
+    words = ["study.toml", "--out", "out", "--batch", "3", "--address", nodes.address, *options]
+    return start(*words, cwd=folder, **settings)
 
 
 def ends(process: Any, status: int = 0) -> str:
     try:
-        out, said = process.communicate(timeout=240)
+        out, errors = process.communicate(timeout=240)
     finally:
         process.kill()
-    assert process.returncode == status, said
-    return out + said
+    assert process.returncode == status, errors
+    return out + errors
 
 
 def pids(folder: Path) -> list[int]:
@@ -76,25 +104,27 @@ def test_the_same_as_in_one_process(folder: Path, nodes: Any):
     ends(begin(folder, nodes, "--latents"))
     words = ["study.toml", "--out", "here", "--batch", "3", "--latents"]
     ends(start(*words, cwd=folder, threads=1))
-    complete_and_once(folder / "out", RUNS)
+    assert_complete(folder / "out", RUNS)
     assert len(set(pids(folder))) == 2
-    there, here = ({row["id"]: row for row in rows_of(folder / out)} for out in ("out", "here"))
-    assert there.keys() == here.keys()
-    for id in there:
+    on_ray, in_process = (
+        {row["id"]: row for row in rows_of(folder / out)} for out in ("out", "here")
+    )
+    assert on_ray.keys() == in_process.keys()
+    for id in on_ray:
         x, y = (np.load(folder / out / f"{id}.npy") for out in ("out", "here"))
         assert abs(x - y).max() <= 1e-6 * abs(y).max()
-        assert there[id]["changed"] == here[id]["changed"]
+        assert on_ray[id]["changed"] == in_process[id]["changed"]
 
 
 def test_workers_of_its_own_on_this_machine(folder: Path):
     words = ["--out", "out", "--workers", "2"]
     ends(start("study.toml", *words, cwd=folder))
-    complete_and_once(folder / "out", RUNS)
+    assert_complete(folder / "out", RUNS)
     assert len(set(pids(folder))) == 2
 
 
 def run_script(*words: str, threads: int = 1) -> None:
-    """A command of the repository's, which the package does not install."""
+    """Run a program of the repository that the package does not install."""
     root = Path(__file__).parents[1]
     environment = {**os.environ, "PYTHONPATH": str(root), "OMP_NUM_THREADS": str(threads)}
     done = subprocess.run(
@@ -105,34 +135,34 @@ def run_script(*words: str, threads: int = 1) -> None:
 
 def test_emojibench_among_workers(tmp_path: Path):
     """The figures, but for the intervals' own draws, are those of one process."""
-    told = {}
-    for name, more in (("here", []), ("there", ["--workers", "2"])):
+    parts = {}
+    for name, options in (("process", []), ("ray", ["--workers", "2"])):
         words = ["captions", "sweep", "refine", "--quick", "--steps", "2"]
-        run_script("-m", "world", *words, "--out", str(tmp_path / name), *more)
-        told[name] = json.loads((tmp_path / name).read_text())["parts"]
-    assert told["here"].keys() == told["there"].keys()
-    for part, rows in told["here"].items():
-        assert rows.keys() == told["there"][part].keys()
+        run_script("-m", "world", *words, "--out", str(tmp_path / name), *options)
+        parts[name] = json.loads((tmp_path / name).read_text())["parts"]
+    assert parts["process"].keys() == parts["ray"].keys()
+    for part, rows in parts["process"].items():
+        assert rows.keys() == parts["ray"][part].keys()
         for row, figures in rows.items():
             for name, figure in figures.items():
-                there = told["there"][part][row][name]
-                assert there["n"] == figure["n"]
-                assert there["value"] == pytest.approx(figure["value"], rel=1e-4), (part, row, name)
+                on_ray = parts["ray"][part][row][name]
+                assert on_ray["n"] == figure["n"]
+                assert on_ray["value"] == pytest.approx(figure["value"], rel=1e-4), (part, row)
 
 
 def test_pie_bench_among_workers(tmp_path: Path):
     run_script("benchmarks/pie.py", "--make", str(tmp_path / "set"))
     rows = {}
-    for name, more in (("here", []), ("there", ["--workers", "2"])):
+    for name, options in (("process", []), ("ray", ["--workers", "2"])):
         words = ["benchmarks/pie.py", str(tmp_path / "set"), "--steps", "2", "--device", "cpu"]
-        run_script(*words, "--out", str(tmp_path / name), *more)
+        run_script(*words, "--out", str(tmp_path / name), *options)
         lines = (tmp_path / name / "results.jsonl").read_text().splitlines()[1:]
         rows[name] = {row["id"]: row for row in map(json.loads, lines)}
         assert len(lines) == len(rows[name]) == 6
-    for id, row in rows["here"].items():
-        there = rows["there"][id]
-        assert there.keys() == row.keys()
-        assert there["psnr"] == pytest.approx(row["psnr"], rel=1e-3)
+    for id, row in rows["process"].items():
+        on_ray = rows["ray"][id]
+        assert on_ray.keys() == row.keys()
+        assert on_ray["psnr"] == pytest.approx(row["psnr"], rel=1e-3)
 
 
 def test_a_worker_killed_in_a_run(folder: Path, nodes: Any):
@@ -141,12 +171,12 @@ def test_a_worker_killed_in_a_run(folder: Path, nodes: Any):
     killed = pids(folder)[-1]
     os.kill(killed, signal.SIGKILL)
     ends(process)
-    complete_and_once(folder / "out", RUNS)
+    assert_complete(folder / "out", RUNS)
     assert len(set(pids(folder)) - {killed}) == 2  # another has come in its place
 
 
 def test_a_node_stopped(folder: Path, nodes: Any):
-    """Where nothing else is free, its run waits for the other worker to end, and is made there."""
+    """If no place is free, its runs wait until the other worker has ended, and are made there."""
     process = begin(folder, nodes)
     wait_for_rows(folder / "out" / "results.jsonl", 4, process)
     (second,) = nodes.list_all_nodes()[1:]
@@ -156,7 +186,7 @@ def test_a_node_stopped(folder: Path, nodes: Any):
     finally:
         nodes.add_node(**NODE)
         nodes.wait_for_nodes()
-    complete_and_once(folder / "out", RUNS)
+    assert_complete(folder / "out", RUNS)
 
 
 def test_the_driver_killed_and_started_again(folder: Path, nodes: Any):
@@ -166,53 +196,53 @@ def test_the_driver_killed_and_started_again(folder: Path, nodes: Any):
     process.communicate()
     assert 4 <= len(rows_of(folder / "out")) < RUNS
     ends(begin(folder, nodes))
-    complete_and_once(folder / "out", RUNS)
+    assert_complete(folder / "out", RUNS)
 
 
 def test_a_disk_that_refuses(folder: Path, nodes: Any):
-    said = ends(begin(folder, nodes, preexec_fn=lambda: limited(9000)), status=2)
-    assert "can't be written" in said and "Traceback" not in said
+    printed = ends(begin(folder, nodes, preexec_fn=lambda: limited(9000)), status=2)
+    assert "can't be written" in printed and "Traceback" not in printed
     ends(begin(folder, nodes))
-    complete_and_once(folder / "out", RUNS)
+    assert_complete(folder / "out", RUNS)
 
 
 def test_a_run_that_raises(folder: Path, nodes: Any):
     target = f"{SQUIRREL} at night"  # too long for a word swap
-    (folder / "study.toml").write_text(f'{STUDY}\nedit = ["auto", "swap"]'.replace(
-        'swap = ["squirrel=lion", "burger=cake"]', f'to = ["a lion eating a burger", "{target}"]'
-    ))  # fmt: skip
-    said = ends(begin(folder, nodes), status=1)
-    assert f"{2 * RUNS} runs, {2 * RUNS} of them new, {RUNS // 2} with an error" in said
+    study = (folder / "study.toml").read_text() + 'edit = ["auto", "swap"]'
+    swaps, targets = 'swap = ["squirrel=lion", "burger=cake"]', f'to = ["{LION}", "{target}"]'
+    (folder / "study.toml").write_text(study.replace(swaps, targets))
+    printed = ends(begin(folder, nodes), status=1)
+    assert f"{2 * RUNS} runs, {2 * RUNS} of them new, {RUNS // 2} with an error" in printed
     for row in rows_of(folder / "out"):
         raises = row["to"] == target and row["edit"] == "swap"
         assert ("use Refine" in row["error"]) if raises else "error" not in row
 
 
 def test_a_model_that_is_not_there_is_a_sentence(folder: Path, nodes: Any):
-    study = (folder / "study.toml").read_text()
-    (folder / "study.toml").write_text(f'model = "{folder}/none"\n{study}')
-    said = ends(begin(folder, nodes), status=2)
-    assert "A worker can't load the model: " in said and "Traceback" not in said
+    (folder / "study.toml").write_text(f'model = "{folder}/none"\n{STUDY}')
+    printed = ends(begin(folder, nodes), status=2)
+    assert "A worker can't load the model: " in printed and "Traceback" not in printed
 
 
 def test_a_run_that_always_loses_its_worker_is_an_error_and_the_others_go_on(nodes: Any):
     class Fragile:
-        def tell(self) -> dict[str, str]:
+        def describe(self) -> dict[str, str]:
             return {"id": "m"}
 
-        def run(self, jobs: list[Job]) -> list[tuple[dict[str, str], dict[str, bytes]]]:
-            if jobs[0].id == "deadly":
+        def run(self, runs: list[SweepRun]) -> list[tuple[dict[str, str], dict[str, bytes]]]:
+            if runs[0].id == "deadly":
                 os._exit(1)
-            return [(job.row, {}) for job in jobs]
+            return [(run.row, {}) for run in runs]
 
-    groups = [[Job(id, "s", {}, {"id": id})] for id in ("a", "deadly", "b", "c", "d")]
+    run = resolved().run
+    groups = [[SweepRun(id, "s", run, {"id": id})] for id in ("a", "deadly", "b", "c", "d")]
     ray.init(nodes.address, log_to_driver=False)
     try:
         make = ray.remote(max_restarts=1, max_task_retries=-1, num_cpus=1)(Fragile).remote
-        telling = {(actor := make()).tell.remote(): actor for _ in range(2)}
-        made = list(cluster.spread(ray, make, telling, {"id": "m"}, groups))
+        starting = {(actor := make()).describe.remote(): actor for _ in range(2)}
+        made = list(map_unordered(ray, make, starting, {"id": "m"}, groups))
     finally:
         ray.shutdown()
-    rows = {row["id"]: row for some in made for row, _ in some}
+    rows = {row["id"]: row for group in made for row, _ in group}
     assert len(made) == 5 and set(rows) == {"a", "deadly", "b", "c", "d"}
     assert [id for id in rows if "error" in rows[id]] == ["deadly"]

@@ -33,17 +33,10 @@ class Share:
 class Judge:
     """A model and the detector, in a process of its own: minip2p.sweep.worker.Worker's like."""
 
-    def __init__(
-        self,
-        model: str,
-        quick: bool,
-        steps: int,
-        folder: Path | None,
-        workers_per_node: int = 0,
-    ):
+    def __init__(self, model: str, quick: bool, steps: int, folder: Path | None):
         self.bench = Bench(minip2p.load(model), load(), quick, steps, folder)
 
-    def tell(self) -> dict[str, Any]:
+    def describe(self) -> dict[str, Any]:
         return {"id": self.bench.model.identity()}
 
     def run(self, shares: Sequence[Share]) -> list[tuple[Row, Files]]:

@@ -1,113 +1,205 @@
-"""The results of a sweep: a folder of pictures, and a table that grows by a row for each run."""
+"""The folder of a sweep: its pictures, and results.jsonl with a row for each run.
+
+A row is written after its pictures, and only when the disk has them: whatever stops a sweep, every
+row has its pictures. Nothing that no sweep wrote is touched.
+"""
 
 from __future__ import annotations
 
 import io
 import json
 import os
-import sys
-from collections.abc import Iterator
+import re
+import warnings
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+from PIL import Image
+
+from ..errors import UserError
+from ..saved import write_files
+
 Row = dict[str, Any]
 Files = dict[str, bytes]  # by name
 
+TABLE = "results.jsonl"
+ROW_START = b'{"id": "'
+PNG_END = b"IEND\xaeB`\x82"  # the last part and its checksum
+RUN_ID = "minip2p sweep"  # the text in a picture's file that holds the id of its run
+
 
 class Table:
-    """results.jsonl and the files beside it: a row for each run, the newest last."""
+    """The rows of results.jsonl by their ids, and the files beside them."""
 
     def __init__(self, folder: Path):
-        self.folder, self.path = folder, folder / "results.jsonl"
+        self.folder, self.path = folder, folder / TABLE
         self.rows = read_rows(folder)
 
-    def has(self, id: str) -> bool:
-        """Whether the run has been made, and its picture is there."""
-        row = self.rows.get(id)
-        return row is not None and "error" not in row and (self.folder / f"{id}.png").exists()
+    def unmade(self, runs: Sequence[Any], suffixes: Collection[str]) -> list[Any]:
+        """Return the runs that are to be made: all but those with a row and with whole files.
 
-    def tidy(self) -> None:
-        """Drop what is to be made again: half a line, errors, rows that have lost their picture."""
-        self.rows = {id: row for id, row in self.rows.items() if self.has(id)}
-        whole = "".join(json.dumps(row) + "\n" for row in self.rows.values()).encode()
-        if not self.path.exists() or self.path.read_bytes() != whole:
-            put(self.path, whole)
+        Of runs whose source lacks a file, one is enough. runs: with an `id` and a `source`, as
+        SweepRun has. suffixes: of the files that each id has, .png and perhaps .npy.
+        """
 
-    def add(self, row: Row, files: Files) -> None:
-        """The pictures first: a row says that they are there."""
-        for name, content in files.items():
-            path = self.folder / name
-            if name.startswith(row["id"]) or not path.exists():  # a source comes with each group
-                put(path, content)
+        def is_complete(name: str) -> bool:
+            return all(is_whole(self.folder / f"{name}{suffix}") for suffix in suffixes)
+
+        made = {id for id, row in self.rows.items() if "error" not in row}
+        unmade = {run.id for run in runs if run.id not in made or not is_complete(run.id)}
+        sources = {run.source for run in runs if run.id in unmade}
+        for run in runs:
+            if run.source not in sources and not is_complete(run.source):
+                unmade.add(run.id)
+            sources.add(run.source)
+        return [run for run in runs if run.id in unmade]
+
+    def drop(self, ids: Collection[str]) -> None:
+        """Remove the rows of runs that are made again, and unfinished files of a killed sweep."""
+        self.rows = {id: row for id, row in self.rows.items() if id not in ids}
+        content = "".join(json.dumps(row) + "\n" for row in self.rows.values()).encode()
+        if not self.path.exists() or self.path.read_bytes() != content:
+            write({self.path: content})
+        for path in self.folder.glob(".*.tmp"):
+            if is_id(path.stem[1:]):
+                path.unlink()
+
+    def add(self, made: Iterable[tuple[Row, Files]]) -> None:
+        """Write the files of some runs, then their rows, and wait until the disk has them."""
+        rows, new_files = [], dict[Path, bytes]()
+        for row, files in made:
+            rows.append(row)
+            for name, content in files.items():
+                # A source comes with each of its groups, and stays as the first of them made it.
+                if name.startswith(row["id"]) or not is_whole(self.folder / name):
+                    new_files[self.folder / name] = content
+        write(new_files)
         try:
             with self.path.open("ab") as file:
-                file.write(json.dumps(row).encode() + b"\n")
+                file.write("".join(json.dumps(row) + "\n" for row in rows).encode())
+                file.flush()
+                os.fsync(file.fileno())
         except OSError as error:
-            raise refused(self.path, error) from error
-        self.rows[row["id"]] = row
-
-    def write_parquet(self) -> Path | None:
-        """The same as results.parquet, where pyarrow is installed; lists and dicts as JSON."""
-        try:
-            import pyarrow
-            import pyarrow.parquet
-        except ModuleNotFoundError:
-            return None
-        columns = {name: [row.get(name) for row in self.rows.values()] for name in self.names()}
-        for name, values in columns.items():
-            if any(isinstance(value, list | dict) for value in values):
-                columns[name] = [None if v is None else json.dumps(v) for v in values]
-        file = io.BytesIO()
-        pyarrow.parquet.write_table(pyarrow.table(columns), file)
-        put(self.folder / "results.parquet", file.getvalue())
-        return self.folder / "results.parquet"
-
-    def names(self) -> list[str]:
-        return list(dict.fromkeys(name for row in self.rows.values() for name in row))
+            raise goes_on(f"{self.path} can't be written: {error.strerror or error}") from error
+        self.rows |= {row["id"]: row for row in rows}
 
 
 def read_rows(folder: Path) -> dict[str, Row]:
-    """The rows of a table by their ids, in order. A line that was cut off is passed over."""
-    path, rows = folder / "results.jsonl", {}
-    lines = path.read_bytes().splitlines() if path.exists() else []
+    """Return the rows of the folder's table by their ids; the last row of an id counts.
+
+    A last line that was cut off is left out. Raises UserError for a line that no sweep wrote.
+    """
+    path, rows = folder / TABLE, {}
+    try:
+        content = path.read_bytes()
+    except FileNotFoundError:
+        return {}
+    except OSError as error:
+        raise UserError(f"{path} can't be read: {error.strerror or error}.") from None
+    *lines, rest = content.split(b"\n")
     for n, line in enumerate(lines, 1):
-        try:
-            row = json.loads(line)
-            rows[row["id"]] = row
-        except (ValueError, TypeError, KeyError):
-            print(f"{path} line {n} can't be read: its run is made again.", file=sys.stderr)
+        row = parse_row(line)
+        if row is None:
+            raise foreign_line(path, n)
+        rows[row["id"]] = row
+    # A power cut may leave zeros at the end.
+    if not ROW_START.startswith(rest[: len(ROW_START)].rstrip(b"\0")):
+        raise foreign_line(path, len(lines) + 1)
     return rows
 
 
-def put(path: Path, content: bytes) -> None:
-    """Write a file whole or not at all."""
-    temporary = path.with_name(f".{path.name}.part")  # the same each time: none is left over
+def parse_row(line: bytes) -> Row | None:
+    """Return a line of a table as a row, or None if no sweep wrote it."""
     try:
-        temporary.write_bytes(content)
-        os.replace(temporary, path)
-    except OSError as error:
-        raise refused(path, error) from error
+        row = json.loads(line)
+    except (ValueError, RecursionError):
+        return None
+    is_row = isinstance(row, dict) and is_id(row.get("id")) and is_id(row.get("source"))
+    return row if is_row and is_shallow(row) else None
 
 
-def refused(path: Path, error: OSError) -> ValueError:
-    return ValueError(
-        f"{path} can't be written ({error.strerror or error}): what is in {path.parent} is kept, "
-        "and the same command goes on from there."
+def is_shallow(value: Any, levels: int = 4) -> bool:
+    """Tell whether lists and dictionaries are nested in at most so many levels."""
+    parts = value.values() if isinstance(value, dict) else value if isinstance(value, list) else ()
+    return levels >= 0 and all(is_shallow(part, levels - 1) for part in parts)
+
+
+def is_id(value: object) -> bool:
+    """Tell whether the value can be a run's id: nothing else becomes the name of a file."""
+    return isinstance(value, str) and re.fullmatch("[0-9a-f]{16}", value) is not None
+
+
+def foreign_line(path: Path, n: int) -> UserError:
+    return UserError(
+        f"{path} line {n} was not written by a sweep: remove the line, or give another folder."
+    )
+
+
+def is_whole(path: Path) -> bool:
+    """Tell whether the picture or the latents of a run are complete.
+
+    A PNG has a checksum of each of its parts, and a sweep's PNG the id of its run; an .npy file
+    says how long it is.
+    """
+    try:
+        if path.suffix == ".npy":
+            np.load(path, mmap_mode="r", allow_pickle=False)
+            return True
+        content = path.read_bytes()
+        with Image.open(io.BytesIO(content), formats=["PNG"]) as image:
+            run_id = image.info.get(RUN_ID)
+            image.verify()
+        return run_id == path.stem and content.endswith(PNG_END)
+    except (OSError, EOFError, SyntaxError, ValueError, Image.DecompressionBombError):
+        return False
+
+
+def write(files: Mapping[Path, bytes]) -> None:
+    """Write files whole or not at all, and wait until the disk has them. Raises UserError."""
+    try:
+        write_files(files, durable=True)
+    except UserError as error:
+        raise goes_on(str(error)) from error
+
+
+def goes_on(sentence: str) -> UserError:
+    return UserError(
+        f"{sentence.rstrip('.')}: what is there is kept, and the same command goes on from there."
     )
 
 
 @contextmanager
-def only_one(folder: Path) -> Iterator[None]:
-    """Raises ValueError if another sweep writes into the folder; a killed one does not."""
+def locked(folder: Path) -> Iterator[None]:
+    """Hold the folder's lock. A killed sweep holds none. Raises UserError if another one has it.
+
+    Where the file system has no locks, warn and go on.
+    """
     try:
         import fcntl
-    except ModuleNotFoundError:  # not on Windows
+    except ModuleNotFoundError:  # Windows
         yield
         return
-    with (folder / ".lock").open("w") as file:
+    path = folder / ".lock"
+    try:
+        handle = os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o666)
+    except OSError as error:
+        raise UserError(f"{path} can't be opened: {error.strerror or error}.") from error
+    try:
         try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
-            raise ValueError(f"Another sweep is writing into {folder}: wait for its end.") from None
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise UserError(
+                f"Another sweep is writing into {folder}: wait until it ends, or give another "
+                "folder with --out."
+            ) from None
+        except OSError as error:
+            warnings.warn(
+                f"{folder} can't be locked ({error.strerror}): start no second sweep into it.",
+                stacklevel=3,
+            )
         yield
+    finally:
+        os.close(handle)

@@ -1,4 +1,4 @@
-"""A study: a file of settings, with lists to be multiplied, becomes runs.
+"""A study: a file of settings, whose lists are multiplied, becomes runs.
 
     prompt = "a painting of a squirrel eating a burger"
     swap = ["squirrel=lion", "burger=pizza"]
@@ -6,442 +6,332 @@
     seed = [1, 2, 3]
 
 is 2 x 3 x 3 runs. The lists of a [[zip]] group go side by side. In JSONL each line is one run, and
-a list a value. Every run is told by the settings that determine its picture: their hash is its id.
+a list is a value. A run's id is a hash of the settings that determine its picture.
 """
 
 from __future__ import annotations
 
 import difflib
-import hashlib
 import itertools
 import json
-import re
-from collections.abc import Callable, Iterator, Mapping, Sequence
+import os
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass
-from functools import lru_cache, partial
+from dataclasses import dataclass, replace
 from importlib import import_module
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
-from ..align import DEFAULT, Prompt, check_words, window
-from ..blend import LocalBlend
-from ..edit import PromptEdit, Refine, Reweight, WordSwap
-from ..errors import check, describe, is_number, is_whole
-from ..invert import METHODS
-from ..scheduler import SCHEDULERS
-from ..tools.job import pair
-from ..words import bare, swap_word
-
-EDITS = {"auto": PromptEdit, "swap": WordSwap, "refine": Refine, "none": None}
-DTYPES = "float32", "float16", "bfloat16"
-OF_STUDY = {"model": "emoji", "tokenizer": None, "dtype": "float32"}  # one value for all runs
-OF_EDIT = "cross_replace_steps", "self_replace_steps", "blend"  # nothing without an edit
-MAKES_EDIT = "swap", "to", "reweight"
+from ..align import DEFAULT
+from ..edit import EditOfPrompt
+from ..errors import UserError, check, describe
+from ..record import EDITS, edit_from_dict
+from ..run import Run, SourcePicture
+from ..words import places, swap_word
+from .results import Row
 
 Settings = dict[str, Any]
 
+ONE_FOR_ALL = ["model", "tokenizer", "dtype"]  # a study has one value of each
+EDIT = ["swap", "to", "edit", "cross_replace_steps", "self_replace_steps", "reweight", "blend"]
+SOURCE = ["image", "method", "inversion_guidance_scale"]
+RUN = ["seed", "num_inference_steps", "guidance_scale", "scheduler", "eta", "height", "width"]
+SETTINGS = ["prompt", "negative_prompt", *EDIT, *SOURCE, *RUN, *ONE_FOR_ALL]
+NEED_AN_EDIT = "cross_replace_steps", "self_replace_steps", "blend"
+MAKE_AN_EDIT = "swap", "to", "reweight"
+# The keys for the settings of an edit that name words.
+KEYS = {"weights": "reweight", "local_blend": "blend", "subtract": "blend"}
 
-class Mistakes(ValueError):
-    """What is wrong with a file: a sentence for each."""
+
+class StudyRun(NamedTuple):
+    """A run as a study describes it."""
+
+    run: Run
+    swaps: list[str]  # "old=new", which the edited prompt was made with
+
+
+@dataclass(frozen=True)
+class SweepRun:
+    """A run with the model's defaults filled in."""
+
+    id: str
+    source: str  # the id of its source picture
+    run: Run
+    row: Row  # what the table says of it before it is made
+
+    @property
+    def is_edit(self) -> bool:
+        """Tell whether its picture is another one than the source."""
+        return self.id != self.source
+
+
+class StudyError(UserError):
+    """The mistakes in a study's file, a sentence for each."""
 
     def __init__(self, sentences: Sequence[str]):
         super().__init__(" ".join(sentences))
-        self.sentences = list(dict.fromkeys(sentences))
+        self.sentences = list(sentences)
 
 
-@dataclass
-class Study:
-    """model, tokenizer and dtype, and the runs' settings: one of each in ONE, checked."""
-
-    about: Settings
-    runs: list[Settings]
+# --- values ---------------------------------------------------------------------------------------
 
 
-# --- one value ------------------------------------------------------------------------------------
+def check_key(key: str) -> None:
+    """Raise UserError, with the nearest key, unless a study has that key."""
+    if key not in SETTINGS:
+        nearest = difflib.get_close_matches(key, SETTINGS, 1)
+        hint = f": is it {nearest[0]}?" if nearest else f", only {', '.join(SETTINGS)}"
+        raise UserError(f"there is no setting {key!r}{hint}")
 
 
-def text(value: Any) -> str:
-    check(isinstance(value, str), f"it must be a text in quotes, not {describe(value)}")
+def read_prompt(value: Any) -> str:
+    is_prompt = isinstance(value, str) and value.strip()
+    check(is_prompt, f"it must be a prompt in quotes, not {describe(value)}")
     return str(value)
 
 
-def prompt(value: Any) -> str:
-    check(text(value).strip(), f"it must be a prompt, not {value!r}")
-    return str(value)
+def read_words(value: Any) -> list[str]:
+    """Return a word, or a list of words, as a list."""
+    words = [value] if isinstance(value, str) else value
+    is_list = isinstance(words, list) and all(isinstance(w, str) and w.strip() for w in words)
+    check(is_list, f"it must be a word or a list of words, not {describe(value)}")
+    return list(words)
 
 
-def given(value: Any) -> str:
-    """The path of a picture, absolute: workers may stand elsewhere."""
-    path = Path(text(value)).absolute()
-    check(path.is_file(), f"there is no picture {path}")
-    return str(path)
+def split_swap(swap: str) -> tuple[str, str]:
+    old, _, new = (part.strip() for part in swap.partition("="))
+    check(old and new, f"a swap takes two sides, OLD=NEW, not {swap!r}")
+    return old, new
 
 
-def number(low: float, high: float, whole: bool = False) -> Callable[[Any], Any]:
-    """Reads a number within those bounds."""
-    what, fits = ("whole number", is_whole) if whole else ("number", is_number)
-
-    def parse(value: Any) -> Any:
-        check(
-            fits(value) and low <= value <= high,
-            f"it must be a {what} from {low} to {high}, not {describe(value)}",
-        )
-        return int(value) if whole else float(value)
-
-    return parse
+def read_blend(value: Any) -> Settings | None:
+    """Return the arguments of a LocalBlend; a word or a list of words stands for `words`."""
+    blend = dict(value) if isinstance(value, Mapping) else {"words": read_words(value)}
+    check("words" in blend, f"it needs words, and has {', '.join(blend) or 'nothing'}")
+    return blend if blend["words"] else None
 
 
-def one_of(names: Sequence[str]) -> Callable[[Any], str]:
-    def parse(value: Any) -> str:
-        check(value in names, f"it must be one of {', '.join(names)}, not {describe(value)}")
-        return str(value)
-
-    return parse
-
-
-def words(value: Any) -> list[str]:
-    """A word or a list of words."""
-    several = [value] if isinstance(value, str) else value
-    fits = isinstance(several, list) and all(isinstance(v, str) and v.strip() for v in several)
-    check(fits, f"it must be a word or a list of words, not {describe(value)}")
-    return list(several)
+def read_image(value: Any, folder: Path) -> str:
+    """Return the absolute path of a picture. folder: where a relative path begins."""
+    check(isinstance(value, str), f"it must be a path in quotes, not {describe(value)}")
+    check("://" not in value, f"{value} is a web address: download the picture first")
+    path = os.path.abspath(folder / os.path.expanduser(value))
+    check(os.path.isfile(path), f"there is no picture {path}")
+    return path
 
 
-def swaps(value: Any) -> list[str]:
-    return ["=".join(pair("a swap", one)) for one in words(value)]
-
-
-def windows(value: Any) -> Any:
-    """A window, or those of some words → the same, each as (start, end)."""
-    if not isinstance(value, Mapping):
-        return list(window(value))
-    return {word: list(window(one)) for word, one in value.items()}
-
-
-def weights(value: Any) -> dict[str, float]:
-    if value == {}:
-        return {}
-    check(isinstance(value, Mapping), f"it must be words with weights, not {describe(value)}")
-    return {word: float(weight) for word, weight in Reweight(value).weights.items()}
-
-
-def blend(value: Any) -> Settings | None:
-    """A word, several, none ([]), or all the arguments of LocalBlend but a mask."""
-    given = value if isinstance(value, Mapping) else {"words": words(value)}
-    names = "words", "threshold", "start", "subtract"
-    for name in given:
-        check(name in names, f"it has {', '.join(names)}, and no {name!r}")
-    if not given.get("words"):
-        return None
-    made = LocalBlend(**given)
-    numbers = {"threshold": float(made.threshold), "start": float(made.start)}
-    return numbers | {"words": list(made.words), "subtract": list(made.subtract)}
-
-
-# What a run has: how a value is read, and what it is where the file has none.
-ONE: dict[str, tuple[Callable[[Any], Any], Any]] = {
-    "prompt": (prompt, None),
-    "image": (given, None),
-    "method": (one_of(METHODS), None),
-    "negative_prompt": (text, ""),
-    "swap": (swaps, []),
-    "to": (prompt, None),
-    "edit": (one_of(list(EDITS)), "auto"),
-    "cross_replace_steps": (windows, None),
-    "self_replace_steps": (lambda value: list(window(value)), None),
-    "reweight": (weights, {}),
-    "blend": (blend, None),
-    "seed": (number(0, 2**63 - 1, whole=True), 8888),
-    "num_inference_steps": (number(1, 999, whole=True), None),
-    "guidance_scale": (number(-1000, 1000), None),
-    "scheduler": (one_of(list(SCHEDULERS)), None),
-    "eta": (number(0, 1), 0.0),
-    "height": (number(1, 16384, whole=True), None),
-    "width": (number(1, 16384, whole=True), None),
-}
-ABOUT = {"model": text, "tokenizer": text, "dtype": one_of(DTYPES)}
+def label(value: Any) -> str:
+    """Return a setting's value as a short text: "0.8" for [0, 0.8], "lion 0.4, others 0.8"."""
+    if value is None or value in ([], {}, ""):
+        return "none"
+    if isinstance(value, Mapping) and "words" in value:  # a blend
+        usual = {"threshold": 0.3, "start": 0.0, "subtract": []}
+        options = {name: value.get(name, v) for name, v in usual.items()}
+        labels = [f"{n} {label(v)}" for n, v in options.items() if v != usual[n]]
+        return ", ".join([label(value["words"]), *labels])
+    if isinstance(value, Mapping):
+        words = {"others" if word == DEFAULT else word: v for word, v in value.items()}
+        return ", ".join(f"{word} {label(v)}" for word, v in words.items())
+    if isinstance(value, list) and len(value) == 2 and all(isinstance(v, float) for v in value):
+        start, end = map(label, value)  # a window
+        return end if start == "0" else f"{start} to {end}"
+    if isinstance(value, list):
+        return ", ".join(json.dumps(v) if "," in str(v) else str(v) for v in value)
+    return repr(value).removesuffix(".0") if isinstance(value, float) else str(value)
 
 
 # --- one run --------------------------------------------------------------------------------------
 
 
-class Wrong(ValueError):
-    """A mistake in what `key` says."""
-
-    def __init__(self, key: str, error: object):
-        super().__init__(str(error))
-        self.key = key
-
-
-def complete(given: Mapping[str, Any]) -> Settings:
-    """The settings of one run, of which the file has `given`. Raises Wrong."""
-    run = {name: default for name, (_, default) in ONE.items()}
-    for key, value in given.items():
-        with blaming(key):
-            run[key] = ONE[key][0](value)
-    with blaming("prompt"):
-        check(run["prompt"] is not None, "every run needs a prompt, and there is none")
-    with blaming("to"):
-        check(not (run["swap"] and run["to"]), "swap and to both give the edited prompt: keep one")
-    for key, usual in (("scheduler", "ddim"), ("eta", 0)) if run["image"] else ():
-        with blaming(key):
-            check(run[key] in (None, usual), f"of a given image it is {usual}: leave it out")
-    with blaming("method"):
-        check(run["image"] or not run["method"], "it is of a given image, and there is none")
-    with blaming("swap"):
-        if run["swap"]:
-            run["to"] = swapped(run["prompt"], run["swap"])
-    if run["to"] is None and run["reweight"]:
-        run["to"] = run["prompt"]
-    for key in OF_EDIT:
-        with blaming(key):
-            useless = run[key] is not None and not any(key in given for key in MAKES_EDIT)
-            check(not useless, "it needs an edit: add swap, to or reweight")
-    for key, named in named_words(run).items():
-        with blaming(key):
-            check_words(named, plain_prompts(run))
-    return run
-
-
 @contextmanager
-def blaming(key: str) -> Iterator[None]:
+def error_in(key: str) -> Iterator[None]:
+    """Begin the sentence of a UserError with the key whose value it is about."""
     try:
         yield
-    except ValueError as error:
-        raise Wrong(key, error) from None
+    except UserError as error:
+        raise UserError(f"{key}: {error}") from None
 
 
-def swapped(source: str, swaps: Sequence[str]) -> str:
-    for swap in swaps:
-        source = swap_word(source, *pair("swap", swap))
-    return source
+def read_run(values: Settings, folder: Path) -> StudyRun:
+    """Return the run of one line, or of one combination. folder: the study's. Raises UserError."""
+    settings = dict(values)
+    for key in settings:
+        check_key(key)
+    for key in NEED_AN_EDIT:
+        useless = settings.get(key) not in (None, []) and not settings.keys() & MAKE_AN_EDIT
+        check(not useless, f"{key}: it needs an edit: add swap, to or reweight")
+    source = read_source(settings, folder)
+    prompts, edits, swaps = read_edit(settings)
+    return StudyRun(Run(prompts, edits, source=source, **settings), swaps)
 
 
-def named_words(run: Settings) -> dict[str, list[str]]:
-    """The words that its edit names, by the setting that names them; they must be in a prompt."""
-    if run["to"] is None:
-        return {}
-    cross, blend = run["cross_replace_steps"], run["blend"]
-    return {
-        "cross_replace_steps": [w for w in cross if w != DEFAULT]
-        if isinstance(cross, dict)
-        else [],
-        "reweight": list(run["reweight"]),
-        "blend": [*blend["words"], *blend["subtract"]] if blend else [],
-    }
-
-
-def plain_prompts(run: Settings) -> list[Prompt]:
-    """Both prompts with words for tokens: enough to find words in, without a tokenizer."""
-    found = []
-    for one in (run["prompt"], run["to"]):
-        spans = tuple(match.span() for match in re.finditer(r"\S+", one))
-        found.append(Prompt(one, (), spans, len(one)))
-    return found
-
-
-def changed_words(run: Settings) -> tuple[list[str], list[str]]:
-    """The words that an edit is about, in the source and in the edited prompt."""
-    source, target = ([bare(w) for w in run[key].split()] for key in ("prompt", "to"))
-    old, new = list(run["reweight"]), list(run["reweight"])
-    matcher = difflib.SequenceMatcher(None, source, target, autojunk=False)
-    for same, a, b, c, d in matcher.get_opcodes():
-        if same != "equal":
-            old, new = old + source[a:b], new + target[c:d]
-    return old, new
-
-
-def edit_of(run: Settings) -> PromptEdit | Reweight | None:
-    kind = EDITS[run["edit"]]
-    if kind is None or run["to"] is None:
+def read_source(settings: Settings, folder: Path) -> SourcePicture | None:
+    """Take the picture to edit out of a run's settings."""
+    image, method, guidance_scale = (
+        settings.pop(key, None) for key in ("image", "method", "inversion_guidance_scale")
+    )
+    if image is None:
+        check(method is None, "method: it needs a picture to edit: add image")
+        check(guidance_scale is None, "inversion_guidance_scale: it needs a picture: add image")
         return None
-    local = LocalBlend(**run["blend"]) if run["blend"] else None
-    edit = kind(run["cross_replace_steps"], run["self_replace_steps"], local)
-    return Reweight(run["reweight"], edit) if run["reweight"] else edit
+    with error_in("image"):
+        path = read_image(image, folder)
+    method = "direct" if method is None else method
+    return SourcePicture(path, method, guidance_scale=guidance_scale)
+
+
+def read_target(settings: Settings, prompt: str) -> tuple[str | None, list[str]]:
+    """Take the edited prompt, and the swaps that make it, out of a run's settings."""
+    to, swaps = settings.pop("to", None), settings.pop("swap", [])
+    with error_in("swap"):
+        swaps = [split_swap(swap) for swap in read_words(swaps)]
+    with error_in("to"):
+        check(to is None or not swaps, "swap and to both give the edited prompt: keep one")
+        if to is not None:
+            return read_prompt(to), []
+    if not swaps:
+        return prompt if settings.get("reweight") else None, []
+    target = prompt
+    with error_in("swap"):
+        for old, new in swaps:
+            target = swap_word(target, old, new)
+    return target, [f"{old}={new}" for old, new in swaps]
+
+
+def read_edit(settings: Settings) -> tuple[list[str], list[EditOfPrompt], list[str]]:
+    """Take the prompts, the edit and the swaps out of a run's settings."""
+    check("prompt" in settings, "prompt: every run needs a prompt, and there is none")
+    with error_in("prompt"):
+        prompt = read_prompt(settings.pop("prompt"))
+    target, swaps = read_target(settings, prompt)
+    names = "cross_replace_steps", "self_replace_steps", "reweight", "blend"
+    values = {name: settings.pop(name, None) for name in names}
+    with error_in("blend"):
+        values["blend"] = None if values["blend"] is None else read_blend(values["blend"])
+    kind, kinds = settings.pop("edit", "auto"), [*EDITS, "none"]
+    check(kind in kinds, f"edit: it is one of {', '.join(kinds)}, not {describe(kind)}")
+    edit = None if kind == "none" else edit_from_dict({"edit": kind, **values})
+    if target is None:
+        return [prompt], [], swaps
+    for setting, word in edit.named_words() if edit else ():
+        is_known = places(prompt, word) or places(target, word)
+        where = repr(prompt) if prompt == target else f"{prompt!r} or {target!r}"
+        check(is_known, f"{KEYS.get(setting, setting)}: there is no word {word!r} in {where}")
+    return [prompt, target], [edit], swaps
+
+
+def resolve(runs: Sequence[StudyRun], model: Settings) -> list[SweepRun]:
+    """Return the different runs, with the model's defaults filled in.
+
+    model: its "id", and its "defaults" (settings.defaults_of).
+    """
+    resolved: dict[str, SweepRun] = {}
+    for study_run in runs:
+        run = study_run.run.resolved(model["defaults"])
+        settings = run.settled(model["id"])
+        run_id, source = run.id(model["id"]), run.alone().id(model["id"])
+        row: Row = {"id": run_id, "source": source, "file": f"{run_id}.png", "model": run.model}
+        row |= {"swap": study_run.swaps, "image": run.source and run.source.image} | settings
+        # Texts, because lists and dictionaries can't be grouped by in a table.
+        plural = "swap", "cross_replace_steps", "self_replace_steps", "reweight", "blend"
+        row |= {f"{name}_text": label(row[name]) for name in plural}
+        resolved.setdefault(run_id, SweepRun(run_id, source, run, row))
+    return list(resolved.values())
 
 
 # --- a whole file ---------------------------------------------------------------------------------
 
 
-Line = Callable[[str, Any], int]  # of a key, and of its value
-Read = tuple[list[Settings], Line]
-
-
-def read(path: Path) -> Study:
-    """The runs of a study. Raises Mistakes, or ValueError if it can't be read at all."""
-    try:
-        content = path.read_text("utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        reason = getattr(error, "strerror", None) or "it is no text in UTF-8"
-        raise ValueError(f"{path} can't be read: {reason}.") from None
-    check(path.suffix in READERS, f"A study is a {' or '.join(READERS)} file, not {path}.")
-    about, runs, sentences = dict(OF_STUDY), [], Sentences(path)
-    first: Settings = {}
-    for given, line in READERS[path.suffix](content, sentences):
-        try:
-            for key in [key for key in given if key in ABOUT]:
-                with blaming(key):
-                    about[key] = ABOUT[key](value := given.pop(key))
-                    check(
-                        first.setdefault(key, value) == value,
-                        "a study has one, and here is another",
-                    )
-            runs.append(complete(given))
-        except Wrong as error:
-            sentences.add(line(error.key, given.get(error.key)), f"{error.key}: {error}")
-    if sentences.found:
-        raise Mistakes(sentences.found)
-    check(runs, f"{path} has no run: it needs at least a prompt.")
-    return Study(about, runs)
-
-
-class Sentences:
-    """The mistakes that were found in a file."""
+class Errors:
+    """The mistakes in a file. Combinations of a table share theirs, so each is kept once."""
 
     def __init__(self, path: Path):
-        self.path, self.found = path, list[str]()
+        self.path, self.sentences = path, dict[str, None]()
 
-    def add(self, line: int, what: object) -> None:
-        self.found.append(f"{self.path} line {line}: {str(what).rstrip('.')}.")
-
-
-def from_jsonl(content: str, sentences: Sentences) -> Iterator[tuple[Settings, Line]]:
-    for n, line in enumerate(content.splitlines(), 1):
-        if not line.strip():
-            continue
+    @contextmanager
+    def at(self, place: str) -> Iterator[None]:
+        """Keep the mistake that is raised. place: where it stands in the file, or ""."""
         try:
-            given = json.loads(line)
-            check(isinstance(given, dict), "a run is an object, {...}")
-            for key in given:
-                check_key(key)
-            yield given, partial(same, n)
-        except ValueError as error:  # JSONDecodeError is one
-            sentences.add(n, error)
+            yield
+        except (ValueError, RecursionError) as error:  # those of the parsers are ValueErrors
+            reason = "it is nested too deeply" if isinstance(error, RecursionError) else error
+            self.sentences[f"{self.path}{place}: {str(reason).rstrip('.')}."] = None
 
 
-def same(n: int, key: str, value: Any) -> int:
-    return n
-
-
-def from_toml(content: str, sentences: Sentences) -> Iterator[tuple[Settings, Line]]:
+def read(path: Path) -> list[StudyRun]:
+    """Return the runs of a study. Raises StudyError, or UserError if there is none to be read."""
     try:
-        table = toml().loads(content)
-    except ValueError as error:  # TOMLDecodeError is one, and says the line
-        raise ValueError(f"{sentences.path}: {error}.") from None
-    line = partial(line_of, content.splitlines())
-    zips = table.pop("zip", [])
-    if not (isinstance(zips, list) and all(isinstance(group, dict) for group in zips)):
-        raise ValueError(f"{sentences.path} line {line('zip', None)}: a group is headed [[zip]].")
-    chosen, seen = [], set[str]()
-    singles: list[Settings] = [{key: value} for key, value in table.items()]
-    for i, group in enumerate([*singles, *zips]):
-        try:
+        content = path.read_text("utf-8-sig")
+    except (OSError, UnicodeDecodeError) as error:
+        reason = getattr(error, "strerror", None) or "it is no text in UTF-8"
+        raise UserError(f"{path} can't be read: {reason}.") from None
+    check(path.suffix in PARSERS, f"A study is a {' or '.join(PARSERS)} file, not {path}.")
+    errors, common = Errors(path), dict[str, Any]()
+    runs = []
+    for place, values in PARSERS[path.suffix](content, errors):
+        with errors.at(place):
+            for key in ONE_FOR_ALL:
+                is_same = key not in values or common.setdefault(key, values[key]) == values[key]
+                check(is_same, f"{key}: a study has one for all runs, and there is another before")
+            runs.append(read_run(values, path.parent))
+    if errors.sentences:
+        raise StudyError(list(errors.sentences))
+    check(runs, f"{path} has no run: it needs at least a prompt.")
+    return [StudyRun(replace(run, **common), swaps) for run, swaps in runs]
+
+
+def parse_jsonl(content: str, errors: Errors) -> Iterator[tuple[str, Settings]]:
+    """Yield each line's place and settings."""
+    for n, line in enumerate(content.split("\n"), 1):
+        values = None
+        with errors.at(f" line {n}"):
+            values = json.loads(line) if line.strip() else None
+            check(values is None or isinstance(values, dict), "a run is an object, {...}")
+        if isinstance(values, dict):
+            yield f" line {n}", values
+
+
+def parse_toml(content: str, errors: Errors) -> Iterator[tuple[str, Settings]]:
+    """Yield every combination of a table's lists; those of a [[zip]] group go side by side."""
+    table: Settings = {}
+    with errors.at(""):
+        table = toml_parser().loads(content)
+    zipped = table.pop("zip", [])
+    with errors.at(""):
+        is_list = isinstance(zipped, list) and all(isinstance(group, dict) for group in zipped)
+        check(is_list, "zip: a group is headed [[zip]]")
+    groups: list[tuple[Settings, bool]] = [({key: value}, False) for key, value in table.items()]
+    groups += [(group, True) for group in zipped] if is_list else []
+    factors, keys = [], set[str]()
+    for group, is_zipped in groups:
+        with errors.at(""):
             for key in group:
                 check_key(key)
-                check(key not in seen, f"{key} stands in a [[zip]] and a second time")
-                seen.add(key)
-            chosen.append(alternatives(group, zipped=i >= len(singles)))
-        except ValueError as error:
-            sentences.add(line(next(iter(group), "zip"), None), error)
-    if not sentences.found:
-        for some in itertools.product(*chosen):
-            yield {key: value for one in some for key, value in one.items()}, line
+                check(key not in keys, f"{key}: it stands in a [[zip]] and a second time")
+                keys.add(key)
+            factors.append(alternatives(group, is_zipped))
+    if not errors.sentences:
+        for combination in itertools.product(*factors):
+            yield "", {key: value for part in combination for key, value in part.items()}
 
 
-READERS = {".toml": from_toml, ".jsonl": from_jsonl}
-
-
-def toml() -> Any:
-    for name in ("tomllib", "tomli"):
-        with suppress(ModuleNotFoundError):
-            return import_module(name)
-    raise ValueError("Python 3.10 reads TOML with `pip install tomli`; a .jsonl works everywhere")
-
-
-def line_of(lines: Sequence[str], key: str, value: Any) -> int:
-    """Where the key stands; of a text in a list over several lines, where that does."""
-    key_line = re.compile(rf"""\s*["']?{re.escape(key)}["']?\s*=|\s*\[\[{re.escape(key)}""")
-    start = next((n for n, text in enumerate(lines) if key_line.match(text)), 0)
-    for n, text in enumerate(lines[start:], start):
-        if n > start and re.match(r"\s*(\w+\s*=|\[\[)", text):
-            break
-        if isinstance(value, str) and value in text:
-            return n + 1
-    return start + 1
-
-
-def alternatives(group: Settings, zipped: bool) -> list[Settings]:
-    """[{"seed": 1}, {"seed": 2}] of {"seed": [1, 2]}; of a zip group, its rows."""
+def alternatives(group: Settings, is_zipped: bool) -> list[Settings]:
+    """Return [{"seed": 1}, {"seed": 2}] for {"seed": [1, 2]}, and the rows of a [[zip]] group."""
     lists = {key: value if isinstance(value, list) else [value] for key, value in group.items()}
-    lengths = {key: len(values) for key, values in lists.items()}
-    for key, n in lengths.items():
-        check(n, f"the list of {key} is empty")
-    if zipped:
-        check(
-            lengths and len(set(lengths.values())) == 1,
-            "the lists of a [[zip]] group have equal lengths, not "
-            + (", ".join(f"{key} {n}" for key, n in lengths.items()) or "none at all"),
-        )
+    for key, values in lists.items():
+        check(values, f"{key}: its list is empty")
+    lengths = ", ".join(f"{key} {len(values)}" for key, values in lists.items())
+    if is_zipped:
+        is_even = len({len(values) for values in lists.values()}) == 1
+        check(is_even, f"zip: its lists need equal lengths, not {lengths or 'none at all'}")
     return [dict(zip(lists, row, strict=True)) for row in zip(*lists.values(), strict=True)]
 
 
-def check_key(key: str) -> None:
-    if key in ONE or key in ABOUT:
-        return
-    close = difflib.get_close_matches(key, [*ONE, *ABOUT], 1)
-    hint = f": is it {close[0]}?" if close else f", only {', '.join([*ABOUT, *ONE])}"
-    raise ValueError(f"there is no setting {key!r}{hint}")
+def toml_parser() -> Any:
+    for name in ("tomllib", "tomli"):
+        with suppress(ModuleNotFoundError):
+            return import_module(name)
+    raise UserError("Python 3.10 reads TOML with `pip install tomli`; a .jsonl works everywhere.")
 
 
-# --- what determines a picture --------------------------------------------------------------------
-
-
-def settle(run: Settings, model: Settings) -> Settings:
-    """All that determines the picture, and nothing else: what the run leaves open, filled in.
-
-    model: its "id", and what it recommends.
-    """
-    defaults = model["defaults"]
-    usual = {"num_inference_steps": 50, "guidance_scale": 7.5, "scheduler": model["scheduler"]}
-    usual |= {"height": model["height"], "width": model["width"]}
-    settled = {key: value for key, value in run.items() if key not in ("swap", "image")}
-    settled["picture"] = None
-    if run["image"]:
-        method = run["method"] or "direct"
-        settled |= {"picture": digest(run["image"]), "method": method, "scheduler": "ddim"}
-        settled["seed"] = run["seed"] if method == "edit-friendly" else None  # no noise is drawn
-    for key, value in usual.items():
-        if settled[key] is None:
-            settled[key] = ONE[key][0](defaults.get(key, value))
-    controlled = run["to"] is not None and run["edit"] != "none"
-    if controlled:
-        for key, value in (("cross_replace_steps", 0.8), ("self_replace_steps", 0.4)):
-            if settled[key] is None:
-                settled[key] = ONE[key][0](defaults.get(key, value))
-    else:  # nothing that an edit has matters
-        settled |= dict.fromkeys(OF_EDIT) | {"reweight": {}, "edit": "none"}
-        settled["to"] = None if run["to"] == run["prompt"] else run["to"]
-    return {"weights": model["id"], "dtype": model["dtype"]} | settled
-
-
-@lru_cache(1024)
-def digest(path: str) -> str:
-    """Of a picture's file: where it lies does not matter."""
-    return hashlib.sha256(Path(path).read_bytes()).hexdigest()[:16]
-
-
-def source_of(settled: Settings) -> Settings:
-    """The settings of the run's source picture."""
-    alone = {key: ONE[key][1] for key in (*OF_EDIT, "reweight", "to")}
-    return settled | alone | {"edit": "none"}
-
-
-def identify(settled: Settings) -> str:
-    """16 hexadecimal digits of the SHA-256 of the settings' canonical JSON.
-
-    What is None is left out, so that a setting which a later version adds changes no id.
-    """
-    said = {key: value for key, value in settled.items() if value is not None}
-    canonical = json.dumps(said, sort_keys=True, separators=(",", ":"))
-    return hashlib.sha256(canonical.encode()).hexdigest()[:16]
+PARSERS = {".toml": parse_toml, ".jsonl": parse_jsonl}
