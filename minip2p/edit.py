@@ -258,6 +258,13 @@ def bind(
     hook = PromptToPrompt(prompts, coarse, device)
     for row in rows:
         fill_row(hook, row, defaults)
+        is_plain = type(row.edit) in (PromptEdit, WordSwap, Refine)
+        if is_plain and prompts[row.r].ids == prompts[0].ids:
+            warnings.warn(
+                f"Edit {row.r} changes nothing: {prompts[row.r].text!r} is the source's prompt, "
+                "and it has no weights. Give it another prompt, or a Reweight.",
+                stacklevel=2,
+            )
         blend = base(row.edit).local_blend
         if blend and acts_on(blend, prompts[0], prompts[row.r], row.alignment):
             hook.blends.append(

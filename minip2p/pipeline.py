@@ -185,6 +185,7 @@ def bind_edit(
     model: StableDiffusion, prompts: Sequence[str], edit: Edits, latent_size: Size
 ) -> tuple[list[Prompt], PromptToPrompt | None]:
     """Return the prompts as tokens, and the edit bound to them. latent_size: h w"""
+    settings.warn_unknown_words(model.vocabulary, prompts)
     tokens = [text.tokenize(model.tokenizer, prompt) for prompt in prompts]
     hook = bind(
         edit,

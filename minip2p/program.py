@@ -16,7 +16,7 @@ from typing import Any, NoReturn, TextIO
 
 import torch
 
-from .errors import UserError
+from .errors import UserError, check
 from .settings import Bounds
 
 
@@ -66,6 +66,16 @@ def number(bounds: Bounds) -> Callable[[str], float]:
             raise argparse.ArgumentTypeError(str(error).rstrip(".")) from None
 
     return read
+
+
+def split_pair(option: str, text: str, at_last: bool = False) -> tuple[str, str]:
+    """Split LEFT=RIGHT at its first "=", or at its last. Raises UserError without both sides."""
+    left, equals, right = text.rpartition("=") if at_last else text.partition("=")
+    check(
+        left.strip() and equals and right.strip(),
+        f"{option} takes two sides, A=B, not {text!r}.",
+    )
+    return left.strip(), right.strip()
 
 
 # --- what is printed ------------------------------------------------------------------------------
@@ -133,7 +143,12 @@ def run_program(
     )
     try:
         return program(list(sys.argv[1:] if argv is None else argv)) or 0
-    except (UserError, OSError, UserWarning) as error:  # a UserWarning under python -W error
+    except (
+        UserError,
+        OSError,
+        UserWarning,
+        ValueError,
+    ) as error:  # a UserWarning under python -W error
         for sentence in getattr(error, "sentences", [error]):  # a study has several mistakes
             fail(sentence)
         return 2

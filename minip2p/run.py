@@ -32,6 +32,7 @@ from .weights import StableDiffusion
 
 DTYPES = ("float32", "float16", "bfloat16")
 MOST_PROMPTS = 256  # a file from a stranger asks for no more work than this
+EXAMPLE = "a painting of a squirrel eating a burger", "squirrel=lion"  # what a newcomer sees first
 PROGRAM = "python", "-m", "minip2p.sample"
 
 
@@ -119,7 +120,7 @@ class Run:
 
     @classmethod
     def from_dict(cls, data: Any) -> Run:
-        """Return the run that `to_dict` or `Result.run` wrote down; keys may be missing.
+        """Return the run that `to_dict` or `Result.run` wrote down; None and no key are defaults.
 
         Raises UserError if the data is no run, or is one that only its caller could repeat.
         """
@@ -129,13 +130,13 @@ class Run:
             raise UserError(f"This run can't be repeated from its record, which lacks {lacking}.")
         check_keys(data, [field.name for field in fields(cls)], "a run")
         check("prompts" in data, "A run needs prompts, and there are none.")
-        settings = dict(data)
-        edits = settings.get("edits") or ()
+        settings = {name: value for name, value in data.items() if value is not None}
+        edits = settings.get("edits", ())
         check(isinstance(edits, list | tuple), f"edits is a list, not {describe(edits)}.")
         check(len(edits) < MOST_PROMPTS, f"A run has fewer than {MOST_PROMPTS} edits.")
         settings["edits"] = [edit_from_dict(edit) for edit in edits]
-        source = settings.get("source")
-        if source is not None:
+        if "source" in settings:
+            source = settings["source"]
             check(isinstance(source, Mapping), f"source is a dictionary, not {describe(source)}.")
             check_keys(source, [field.name for field in fields(SourcePicture)], "a source")
             settings["source"] = SourcePicture(**{"image": None, **source})
@@ -196,8 +197,8 @@ class Run:
             settled["method"] = self.source.method
             if self.source.method != "edit-friendly":
                 settled["seed"] = None  # no noise is drawn
-            for name, usual in (("skip", 0), ("fit", "crop"), ("refinements", 0)):
-                if getattr(self.source, name) != usual:
+            for name in ("skip", "fit", "refinements"):
+                if getattr(self.source, name) != usual(name):
                     settled[name] = getattr(self.source, name)
             if self.source.guidance_scale not in (None, self.usual_inversion_guidance()):
                 settled["inversion_guidance_scale"] = self.source.guidance_scale
@@ -302,9 +303,12 @@ def set_field(instance: object, name: str, value: Any) -> None:
 
 
 def read_number(instance: object, name: str) -> None:
-    """Make a field Python's own number, or leave it None. Raises UserError out of its bounds."""
+    """Make a field Python's own number; one whose default is None may be None.
+
+    Raises UserError if it is out of its bounds.
+    """
     value = getattr(instance, name)
-    if value is not None:
+    if value is not None or usual(name) is not None:
         set_field(instance, name, BOUNDS[name].read(value, f"The {name.replace('_', ' ')}"))
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+import warnings
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
@@ -113,6 +115,17 @@ def as_store(store: Any) -> Any:
     from .store import AttentionStore  # only here: a run without a store needs none of it
 
     return AttentionStore()
+
+
+def warn_unknown_words(vocabulary: Sequence[str], prompts: Sequence[str]) -> None:
+    """Warn of words that a model of a small world has never seen. vocabulary: () knows all."""
+    words = dict.fromkeys(re.findall(r"[^\W\d_]+", " ".join(prompts).lower()))
+    unknown = [word for word in words if word not in vocabulary]
+    if vocabulary and unknown:
+        warnings.warn(
+            f"This model has never seen {', '.join(unknown)}; it knows: {', '.join(vocabulary)}.",
+            stacklevel=2,
+        )
 
 
 def check_source(source: Any) -> None:

@@ -12,7 +12,9 @@ import subprocess
 import sys
 import tempfile
 import zipfile
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 # torch and the hub client read these when they are imported, so they stand before the imports.
 os.environ["HF_HUB_OFFLINE"] = "1"
@@ -23,9 +25,10 @@ os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # the same sums on 
 import hypothesis
 import pytest
 import torch
-from helpers import save_toy
+from helpers import Outcome, save_toy
 
 import minip2p
+from minip2p import sample
 
 # TF32 keeps 10 bits of the mantissa, too few for parity in float32. cuDNN has it on by default.
 torch.backends.cudnn.allow_tf32 = False
@@ -137,6 +140,37 @@ def toy_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def toy(toy_folder: Path) -> minip2p.StableDiffusion:
     """Load the narrow model: the bundled one's tokenizer and sizes, and pictures of nonsense."""
     return minip2p.load(toy_folder, device="cpu")
+
+
+# --- the command line -----------------------------------------------------------------------------
+
+
+@pytest.fixture
+def run(
+    toy: minip2p.StableDiffusion,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    tmp_path: Path,
+) -> Callable[..., Outcome]:
+    """Run the command line in this process and in an empty folder, with the narrow model.
+
+    Another model than the bundled one, or another way to load it, is loaded as asked for.
+    """
+    usual = {"tokenizer": None, "device": None, "dtype": torch.float32, "ema": None}
+
+    def load(source: str, **how: Any) -> minip2p.StableDiffusion:
+        return toy if source == "emoji" and how == usual else minip2p.load(source, **how)
+
+    def run(*words: str) -> Outcome:
+        capsys.readouterr()
+        status = sample.main(words)
+        return Outcome(status, *capsys.readouterr())
+
+    monkeypatch.setattr(sample, "load", load)
+    monkeypatch.setattr(sample.fast, "keep_memory", lambda: None)  # it is for whole processes
+    monkeypatch.setattr("warnings.formatwarning", None)  # main() sets it: it is to be set back
+    monkeypatch.chdir(tmp_path)
+    return run
 
 
 # --- the genuine tokenizer ------------------------------------------------------------------------

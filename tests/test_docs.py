@@ -20,7 +20,7 @@ import torch
 from PIL import Image
 
 import minip2p
-from minip2p.tools import cli
+from minip2p import sample as cli
 
 ROOT = Path(__file__).parents[1]
 PAGES = [ROOT / "README.md", ROOT / "docs" / "guide.md"]
@@ -135,7 +135,7 @@ def test_commands_run(page, folder, capsys):
             continue
         argv = [] if program == "-" else [program, *arguments]
         args = cli.make_parser().parse_args(argv)
-        cli.make_job(args)  # the options go together
+        cli.make_run(args)  # the options go together
         if args.model != "emoji":
             continue  # gigabytes of weights
         steps = [] if args.steps else ["--steps", "50" if args.explain else "2"]

@@ -1,17 +1,14 @@
 """The command line on a given picture: --image and what belongs to it."""
 
-# ruff: noqa: F811
-
 import json
 import os
 from pathlib import Path
 
 import pytest
 from PIL import Image
-from test_cli import Run, contents, emoji, run, wrote  # noqa: F401
+from test_cli import Program, contents, wrote
 
-from minip2p import Inversion, show
-from minip2p.tools import cli
+from minip2p import Inversion, sample, show
 from world.scenes import Scene, draw
 
 BIRD = "a photo of a bird"
@@ -40,9 +37,9 @@ def pixels(folder: str) -> dict[str, bytes]:
     return {path.name: Image.open(path).tobytes() for path in Path(folder).iterdir()}
 
 
-def test_a_swap_in_a_photograph(run: Run, bird: str, monkeypatch):
+def test_a_swap_in_a_photograph(run: Program, bird: str, monkeypatch):
     rows, grid = [], show.grid
-    monkeypatch.setattr(cli.show, "grid", lambda *row: rows.append(row) or grid(*row))
+    monkeypatch.setattr(sample.show, "grid", lambda *row: rows.append(row) or grid(*row))
     wrote(run(BIRD, "--image", bird, *SWAP, "--blend", "bird", *STEPS), "reconstruction edit-1 row")
     (((given, again, edit),), (captions,)) = rows[0]
     assert captions == ["given", f"{BIRD} (reconstruction)", "a photo of a lion"]
@@ -50,12 +47,12 @@ def test_a_swap_in_a_photograph(run: Run, bird: str, monkeypatch):
         middle = photo.crop((20, 0, 140, 120)).resize(given.size, Image.Resampling.LANCZOS)
     assert given.tobytes() == middle.tobytes()
     assert again.tobytes() != given.tobytes() and edit.tobytes() != again.tobytes()
-    settings = texts("out/edit-1.png")
-    assert json.loads(settings["source"])["method"] == "direct"
-    assert settings["prompt"] == "a photo of a lion" and settings["scheduler"] == "ddim"
+    record = json.loads(texts("out/edit-1.png")["run"])
+    assert record["source"]["method"] == "direct" and record["scheduler"] == "ddim"
+    assert texts("out/edit-1.png")["prompt"] == "a photo of a lion"
 
 
-def test_nothing_of_its_metadata_is_written(run: Run, bird: str):
+def test_nothing_of_its_metadata_is_written(run: Program, bird: str):
     options = "--put-back", "--html", "out.html", "--inversion", "kept.safetensors", "--maps"
     assert run(BIRD, "--image", bird, *SWAP, *STEPS, *options).status == 0
     files = contents(Path())
@@ -64,7 +61,7 @@ def test_nothing_of_its_metadata_is_written(run: Run, bird: str):
         assert not content or (b"SECRET" not in content and b"Exif" not in content), name
 
 
-def test_edits_are_put_back_into_the_whole(run: Run, bird: str):
+def test_edits_are_put_back_into_the_whole(run: Program, bird: str):
     done = run(BIRD, "--image", bird, *SWAP, *STEPS, "--put-back")
     wrote(done, "reconstruction edit-1 edit-1-put-back row")
     with Image.open("out/edit-1-put-back.png") as back, Image.open(bird) as whole:
@@ -74,16 +71,17 @@ def test_edits_are_put_back_into_the_whole(run: Run, bird: str):
 
 
 @pytest.mark.parametrize("fit, side", [("crop", False), ("pad", True), ("stretch", False)])
-def test_fit(run: Run, bird: str, fit: str, side: bool):
+def test_fit(run: Program, bird: str, fit: str, side: bool):
     assert run(BIRD, "--image", bird, "--fit", fit, *STEPS, "--inversion", "a").status == 0
     given = Inversion.load("a").picture.image
     assert (given.getpixel((30, 0)) == (255, 255, 255)) is side
 
 
-@pytest.mark.parametrize(
-    "options", [[], ["--method", "edit-friendly", "--skip", "1", "--guidance", "3"]]
-)
-def test_an_inversion_is_kept_and_used(run: Run, bird: str, options: list[str]):
+FRIENDLY = ["--method", "edit-friendly", "--skip", "1", "--guidance", "3"]
+
+
+@pytest.mark.parametrize("options", [[], [*FRIENDLY, "--inversion-guidance", "1.5"]])
+def test_an_inversion_is_kept_and_used(run: Program, bird: str, options: list[str]):
     command = [BIRD, *SWAP, "--inversion", "kept/bird.safetensors", *options]
     first = run(*command, "--image", bird, *STEPS)
     assert first.status == 0 and first.out.splitlines()[0] == "kept/bird.safetensors"
@@ -99,16 +97,16 @@ def test_an_inversion_is_kept_and_used(run: Run, bird: str, options: list[str]):
         assert back.size == (160, 120)
 
 
-def test_without_an_edit(run: Run, bird: str):
+def test_without_an_edit(run: Program, bird: str):
     wrote(run(BIRD, "--image", bird, *STEPS), "reconstruction row")
 
 
-def test_a_sweep(run: Run, bird: str):
+def test_a_sweep(run: Program, bird: str):
     done = run(BIRD, "--image", bird, *SWAP, *STEPS, "--sweep", "cross=0.2,0.8", "--baseline")
     wrote(done, "reconstruction edit-1-baseline edit-1-cross-0.2 edit-1-cross-0.8 row")
 
 
-def test_the_page_shows_it(run: Run, bird: str):
+def test_the_page_shows_it(run: Program, bird: str):
     assert run(BIRD, "--image", bird, *SWAP, *STEPS, "--html", "a.html").status == 0
     text = Path("a.html").read_text()
     assert text.count("<figure") == 3 and text.count('<figure id="picture-') == 2
@@ -117,7 +115,7 @@ def test_the_page_shows_it(run: Run, bird: str):
     assert "the given picture" not in Path("a.html").read_text()
 
 
-def test_explain_counts_the_calls_that_there_will_be(run: Run, bird: str):
+def test_explain_counts_the_calls_that_there_will_be(run: Program, bird: str):
     said = run(BIRD, "--image", bird, *SWAP, "--steps", "20", "--skip", "7", "--explain")
     assert said.status == 0 and "of 13" in said.out and "of 20" not in said.out
     assert os.listdir() == [bird]
@@ -133,9 +131,9 @@ MISTAKES = {
     "no picture": ([BIRD, "--image", "words.png"], "words.png is no picture"),
     "empty": ([BIRD, "--image", "empty.png"], "empty.png is empty"),
     "animated": ([BIRD, "--image", "moving.gif"], "moving.gif has 2 frames"),
-    "fit alone": ([BIRD, "--fit", "pad"], "--fit needs a given picture: add --image"),
-    "method alone": ([BIRD, "--method", "ddim"], "--method needs a given picture"),
-    "skip alone": ([BIRD, "--skip", "3"], "--skip needs a given picture"),
+    "fit alone": ([BIRD, "--fit", "pad"], "--fit needs your own picture: add --image"),
+    "method alone": ([BIRD, "--method", "ddim"], "--method needs your own picture"),
+    "skip alone": ([BIRD, "--skip", "3"], "--skip needs your own picture"),
     "put-back alone": ([BIRD, "--put-back"], "--put-back needs the whole picture"),
     "other fit": ([BIRD, "--image", "bird.jpg", "--fit", "cover"], "crop", "cover"),
     "other method": ([BIRD, "--image", "bird.jpg", "--method", "null-text"], "direct", "null-text"),
@@ -147,7 +145,13 @@ MISTAKES = {
     "no inversion": ([BIRD, "--inversion", "no.safetensors"], "There is no no.safetensors"),
     "no such kind": ([BIRD, "--inversion", "words.png"], "words.png is damaged or no"),
     "other prompt": (["a photo of a cat", "--inversion", "kept"], "a photo of a bird"),
-    "other steps": ([BIRD, "--inversion", "kept", "--steps", "9"], "num_inference_steps 3"),
+    "other steps": ([BIRD, "--inversion", "kept", "--steps", "9"], "--steps 3, not 9"),
+    "other seed": ([BIRD, "--inversion", "kept", "--seed", "8888"], "--seed 5, not 8888"),
+    "other guidance": (
+        [BIRD, "--inversion", "friendly", "--guidance", "9"],
+        "--inversion-guidance 3.0, not 9.0",
+    ),
+    "an address": ([BIRD, "--image", "https://a.org/b.png"], "not the address 'https://a.org/b"),
     "kept otherwise": ([BIRD, "--inversion", "kept", "--method", "ddim"], "--method direct"),
     "skipped less": ([BIRD, "--inversion", "kept", "--skip", "2"], "--skip 0, not 2"),
     "other picture": ([BIRD, "--inversion", "kept", "--image", "cat.png"], "another picture"),
@@ -158,15 +162,17 @@ MISTAKES = {
 
 
 @pytest.mark.parametrize("name", MISTAKES)
-def test_mistakes(run: Run, bird: str, emoji, tmp_path_factory, name: str):
+def test_mistakes(run: Program, bird: str, name: str):
     command, *says = MISTAKES[name]
     Path("words.png").write_text("a photo of a bird")
     Path("empty.png").write_bytes(b"")
     draw(Scene("cat", layout=1)).image.save("cat.png")
     frames = {"save_all": True, "append_images": [Image.new("RGB", (9, 9))]}
     Image.new("RGB", (9, 9), "red").save("moving.gif", **frames)
-    if "kept" in command:
-        assert run(BIRD, "--image", bird, "--inversion", "kept", *STEPS, "--out", "o").status == 0
+    options = {"kept": [], "friendly": ["--method", "edit-friendly", "--guidance", "3"]}
+    for file in {*options} & {*command}:
+        keep = ["--inversion", file, "--seed", "5", "--out", "o", *options[file]]
+        assert run(BIRD, "--image", bird, *keep, *STEPS).status == 0
     before = contents(Path())
     done = run(*command)
     assert done.status == 2 and done.out == "" and len(done.said) == 1, done

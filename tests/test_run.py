@@ -140,22 +140,22 @@ def test_what_is_no_run(data: Any, message: str):
 # --- what generate records -----------------------------------------------------------------------
 
 
-def test_a_run_is_recorded_as_what_repeats_it(model):
+def test_a_run_is_recorded_as_what_repeats_it(toy):
     edits = [PromptEdit({"cat": (0, 0.5)}, 0.25), Reweight({"dog": np.float32(2)}, Refine()), None]
     run = Run([CAT, DOG, DOG, CAT], edits, "a car", 3, 2, 3.5, "pndm", 0, 64, 96)
-    result = run.generate(model)
+    result = run.generate(toy)
     record = json.loads(json.dumps(result.run))
     assert "callers_own" not in record
     assert Run.from_dict(record) == run
-    assert Run.from_dict(record).generate(model).latents.equal(result.latents)
+    assert Run.from_dict(record).generate(toy).latents.equal(result.latents)
     settings = run.settings() | {"seed": np.int64(3), "guidance_scale": np.float32(3.5)}
-    assert generate(model, run.prompts, edit=edits, **settings).run == result.run
+    assert generate(toy, run.prompts, edit=edits, **settings).run == result.run
 
 
-def test_what_the_model_recommends_is_recorded(model):
-    record = generate(model, [CAT, DOG], num_inference_steps=1, edit="auto").run
-    resolved = Run([CAT, DOG], [PromptEdit()], num_inference_steps=1).resolved(defaults_of(model))
-    assert Run.from_dict(record).resolved(defaults_of(model)) == resolved
+def test_what_the_model_recommends_is_recorded(toy):
+    record = generate(toy, [CAT, DOG], num_inference_steps=1, edit="auto").run
+    resolved = Run([CAT, DOG], [PromptEdit()], num_inference_steps=1).resolved(defaults_of(toy))
+    assert Run.from_dict(record).resolved(defaults_of(toy)) == resolved
 
 
 class Louder(minip2p.Hook):
@@ -178,41 +178,41 @@ class MySwap(WordSwap):
         ({"edit": WordSwap(local_blend=LocalBlend(mask=np.eye(16)))}, "the mask of a blend"),
     ],
 )
-def test_what_only_the_caller_has_is_named(model, arguments: dict[str, Any], name: str):
+def test_what_only_the_caller_has_is_named(toy, arguments: dict[str, Any], name: str):
     if "scheduler" not in arguments:
         arguments = arguments | {"num_inference_steps": 1}
-    record = generate(model, [CAT, DOG], **arguments).run
+    record = generate(toy, [CAT, DOG], **arguments).run
     assert record["callers_own"] == [name] and " at 0x" not in json.dumps(record)
     with pytest.raises(UserError, match=f"lacks {name}"):
         Run.from_dict(record)
 
 
-def test_a_picture_is_asked_for_again(model, tmp_path: Path):
+def test_a_picture_is_asked_for_again(toy, tmp_path: Path):
     Image.new("RGB", (64, 64), "red").save(tmp_path / "red.png")
     source = SourcePicture(str(tmp_path / "red.png"), "edit-friendly", skip=1, guidance_scale=2)
     run = Run([CAT, DOG], [PromptEdit()], seed=4, num_inference_steps=3, source=source)
-    result = run.generate(model)
+    result = run.generate(toy)
     assert str(tmp_path) not in json.dumps(result.run)
     again = Run.from_dict(result.run)
     with pytest.raises(UserError, match="name the picture"):
-        again.generate(model)
-    assert again.generate(model, source=run.invert(model)).latents.equal(result.latents)
+        again.generate(toy)
+    assert again.generate(toy, source=run.invert(toy)).latents.equal(result.latents)
     assert result.run["seed"] == 4 and result.run["source"]["guidance_scale"] == 2
 
 
 # --- commands and Python -------------------------------------------------------------------------
 
 
-def test_python_makes_the_same_pictures(model, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+def test_python_makes_the_same_pictures(toy, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(minip2p, "load", lambda **_: model)
+    monkeypatch.setattr(minip2p, "load", lambda **_: toy)
     Image.new("RGB", (64, 64), "red").save("red.png")
     edit = Reweight({"dog": 2}, WordSwap(0.5, None, LocalBlend("dog", 0.4)), everywhere=False)
     for source in (None, SourcePicture("red.png", skip=1)):
         run = Run([CAT, DOG, DOG], [edit, None], "a car", 3, 2, 3.5, source=source)
         names: dict[str, Any] = {}
         exec(run.python(), names)
-        assert names["result"].latents.equal(run.generate(model).latents)
+        assert names["result"].latents.equal(run.generate(toy).latents)
     assert "dtype=torch.float16" in Run(CAT, dtype="float16").python()
 
 
@@ -253,3 +253,17 @@ def test_a_run_as_a_command(run: Run, words: str):
 def test_what_the_command_line_cannot_say(run: Run):
     with pytest.raises(UserError, match="The command line has no option"):
         run.command()
+
+
+# --- warnings ------------------------------------------------------------------------------------
+
+
+def test_an_edit_that_changes_nothing_is_named(toy):
+    with pytest.warns(UserWarning, match=r"Edit 2 changes nothing: 'A photo of a cat'"):
+        generate(toy, [CAT, DOG, "A photo of a cat"], edit="auto", num_inference_steps=1)
+
+
+def test_words_that_the_model_does_not_know_are_named_once(toy):
+    with pytest.warns(UserWarning, match="never seen dragon; it knows: .*squirrel") as warned:
+        generate(toy, "a photo of a dragon, a Dragon", num_inference_steps=1)
+    assert len(warned) == 1

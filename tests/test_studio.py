@@ -27,9 +27,9 @@ from PIL import Image
 
 import minip2p
 from minip2p import LocalBlend, PromptEdit, Reweight
+from minip2p import sample as cli
 from minip2p.studio.app import OutdatedError, Studio, Visitor, main
 from minip2p.studio.wish import LIMITS, PROMPT, Wish, make_wish, rows
-from minip2p.tools import cli
 
 PACKAGE = Path(minip2p.__file__).parent
 BIRD = PACKAGE.parent / "docs" / "bird.png"

@@ -9,10 +9,10 @@ import torch
 from helpers import TOKENIZER, mapper_by_hand
 
 from minip2p import AttentionStore, Layer, LocalBlend, Refine, Reweight, WordSwap, words
+from minip2p import sample as cli
 from minip2p.align import replacement, token_weights, token_windows
 from minip2p.edit import bind
 from minip2p.text import tokenize
-from minip2p.tools import cli
 from minip2p.weights.clip import load_tokenizer
 from minip2p.words import swap_word
 

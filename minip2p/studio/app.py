@@ -25,8 +25,9 @@ from ..errors import check, describe, is_number
 from ..html.page import PageStore, page
 from ..invert import Inversion, invert
 from ..pipeline import Result, generate
-from ..tools.cli import Parser, fail, number, warn_unknown_words
-from ..tools.job import EXAMPLE
+from ..program import Parser, fail, number
+from ..run import EXAMPLE
+from ..settings import Bounds
 from ..weights import StableDiffusion, load
 from ..words import swap_word
 from .wish import LIMITS, PROMPT, Wish, make_wish, rows
@@ -91,7 +92,6 @@ class Studio:
         try:
             with warnings.catch_warnings(record=True) as heard:
                 warnings.simplefilter("always", UserWarning)
-                warn_unknown_words(self.model, wish.prompts)
                 asked: dict[str, Any] = {"source": self.source(wish, visitor), "store": PageStore()}
                 result = generate(self.model, **wish.settings(), **asked)
         finally:
@@ -263,11 +263,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = Parser(
         prog="python -m minip2p.studio",
         description="A page in the browser to edit prompts and drag windows in.",
-        allow_abbrev=False,
     )
     parser.add_argument("--model", default="emoji", help="emoji (bundled), a folder, a hub id")
     parser.add_argument("--device", help="cpu, cuda, mps; by default the fastest that is there")
-    parser.add_argument("--port", type=number(int, 0, 65535), default=7860, help="0: any free one")
+    parser.add_argument(
+        "--port", type=number(Bounds(0, 65535, is_whole=True)), default=7860, help="0: any free one"
+    )
     try:
         args = parser.parse_args(argv)
         with tempfile.TemporaryDirectory(prefix="minip2p-studio-") as folder:

@@ -19,11 +19,11 @@ from typing import Any
 
 from .. import fast
 from ..html.report import write_report
+from ..outputs import check_folder
 from ..program import Parser, complain, number, run_program, say
 from ..progress import tqdm
 from ..scheduler import make_scheduler
 from ..settings import Bounds
-from ..tools.files import check_out
 from .ray import Work, cluster
 from .results import Table, locked
 from .study import StudyRun, SweepRun, read, resolve
@@ -162,7 +162,7 @@ def run(argv: Sequence[str]) -> int:
     options = make_parser().parse_args(argv)
     study = read(options.study)
     options.out = options.out or Path("runs") / options.study.stem
-    check_out(options.out)
+    check_folder(options.out)
     fast.keep_memory()
     if options.dry_run:
         dry_run(study, options)
