@@ -29,6 +29,8 @@ from helpers import Outcome, save_toy
 
 import minip2p
 from minip2p import sample
+from minip2p.text import Tokenizer
+from minip2p.weights.clip import load_tokenizer
 
 # TF32 keeps 10 bits of the mantissa, too few for parity in float32. cuDNN has it on by default.
 torch.backends.cudnn.allow_tf32 = False
@@ -290,7 +292,6 @@ def clip_tokenizer_dir() -> Path:
 
 
 @pytest.fixture(scope="session")
-def clip_tokenizer(clip_tokenizer_dir: Path):
-    from transformers import CLIPTokenizerFast
-
-    return CLIPTokenizerFast.from_pretrained(clip_tokenizer_dir)
+def clip_tokenizer(clip_tokenizer_dir: Path) -> Tokenizer:
+    """Return the genuine CLIP tokenizer as minip2p loads it."""
+    return load_tokenizer(clip_tokenizer_dir)

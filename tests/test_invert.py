@@ -112,8 +112,8 @@ def test_every_level_is_that_of_diffusers(tmp_path):
     pixels = torch.from_numpy(np.array(image)).permute(2, 0, 1)[None] / 127.5 - 1
     with torch.no_grad():
         x = truth.vae.encode(pixels).latent_dist.mode() * truth.vae.config.scaling_factor
-        ids = ours.tokenizer(BIRD, padding="max_length", max_length=77, return_tensors="pt")
-        context = truth.text_encoder(ids.input_ids).last_hidden_state
+        ids = torch.tensor([minip2p.text.tokenize(ours.tokenizer, BIRD).ids])
+        context = truth.text_encoder(ids).last_hidden_state
         levels = [x]
         for t in theirs.timesteps:
             eps = truth.unet(levels[-1].double(), t, context).sample.float()

@@ -1,13 +1,16 @@
-"""From a config to a module without memory, which the tensors of a file must match one by one."""
+"""From a config to a module without memory, whose parameters the tensors of a file must match."""
 
 from __future__ import annotations
 
 import math
+import re
 from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
 
+from ..align import LENGTH
+from ..text import TextEncoder
 from ..unet import UNet
 from ..vae import VAE
 from .files import Config, Tensors, WeightsError
@@ -33,66 +36,93 @@ VAE_FIELDS = {
     "shift_factor": None, "latents_mean": None, "latents_std": None,
 }
 TEXT_FIELDS = {
-    "hidden_act": "quick_gelu", "max_position_embeddings": 77, "layer_norm_eps": 1e-5,
+    "model_type": "clip_text_model", "hidden_act": "quick_gelu", "layer_norm_eps": 1e-5,
+    "max_position_embeddings": LENGTH,
 }
-WHO = {  # has something else there
-    "in_channels": "inpainting (9), instruct-pix2pix (8) and depth (5) models",
-    "use_linear_projection": "Stable Diffusion 2.x", "attention_head_dim": "Stable Diffusion 2.x",
-    "hidden_act": "Stable Diffusion 2.x", "addition_embed_type": "Stable Diffusion XL",
-    "time_cond_proj_dim": "models distilled to few steps (LCM)",
-    "mid_block_type": "pruned models (BK-SDM)", "prediction_type": "v-prediction models",
-    "_class_name": "models of another noise (flow matching, EDM, consistency)",
-    "use_flow_sigmas": "flow-matching models", "thresholding": "models of pixels, not of latents",
+FAMILIES = {  # the models in which a field has this value
+    "in_channels = 9": "inpainting models", "in_channels = 8": "instruct-pix2pix models",
+    "in_channels = 5": "depth models", "use_linear_projection = True": "Stable Diffusion 2.x",
+    "attention_head_dim = [5, 10, 20, 20]": "Stable Diffusion 2.x",
+    "cross_attention_dim = 1024": "Stable Diffusion 2.x",
+    "hidden_act = gelu": "Stable Diffusion 2.x",
+    "addition_embed_type = text_time": "Stable Diffusion XL",
+    "cross_attention_dim = 2048": "Stable Diffusion XL",
+    "time_cond_proj_dim = 256": "models distilled to few steps (LCM)",
+    "mid_block_type = None": "pruned models (BK-SDM)",
+    "prediction_type = v_prediction": "v-prediction models",
 }
 # fmt: on
 
 
-def other(config: Config, name: str, expected: object) -> WeightsError:
+def unsupported(config: Config, name: str, expected: object) -> WeightsError:
+    """Return the error for a field that no Stable Diffusion 1.x has, or that makes no sense."""
+    value = f"{name} = {str(config.get(name))[:200]}"
+    family = f" as {FAMILIES[value]} have," if value in FAMILIES else ""
     return WeightsError(
-        f"{config.path} has {name} = {str(config.get(name))[:200]}, as {WHO.get(name, 'others')} "
-        f"have, where Stable Diffusion 1.x has {expected}: load a 1.x text-to-image model."
+        f"{config.path} has {value},{family} where Stable Diffusion 1.x has {expected}: load a 1.x "
+        "text-to-image model."
     )
 
 
 def check_fields(config: Config, fields: dict[str, Any]) -> None:
+    """Raise WeightsError unless every field that is there has its value in `fields`."""
     for name, expected in fields.items():
         value = config.get(name, expected)
-        for one in value if isinstance(value, list) else [value]:  # it may be given for each level
-            # None, False and 0 mean the same in these fields.
-            if (one or None) != (expected or None):
-                raise other(config, name, expected)
+        levels = value if isinstance(value, list) and value else [value]  # one for each level
+        # None, False, 0 and [] mean the same in these fields.
+        if any((level or None) != (expected or None) for level in levels):
+            raise unsupported(config, name, expected)
 
 
-def wholes(config: Config, name: str, default: int | list[int]) -> list[int]:
-    """One or more positive whole numbers."""
+def whole_numbers(config: Config, name: str, default: int | list[int], least: int = 1) -> list[int]:
+    """Return the field's whole number, or its list of them, as a list."""
     value = default if config.get(name) is None else config[name]
     values = value if isinstance(value, list) else [value]
-    if not values or not all(type(n) is int and 0 < n <= 2**16 for n in values):
-        raise other(config, name, default)
+    if not values or not all(type(n) is int and least <= n <= 2**16 for n in values):
+        raise unsupported(config, name, default)
     return values
 
 
-def whole(config: Config, name: str, default: int) -> int:
-    """One positive whole number. It may be repeated for every level."""
-    values = wholes(config, name, default)
+def whole_number(config: Config, name: str, default: int, least: int = 1) -> int:
+    """Return the field's whole number, which may be repeated for every level."""
+    values = whole_numbers(config, name, default, least)
     if len(set(values)) > 1:
-        raise other(config, name, default)
+        raise unsupported(config, name, default)
     return values[0]
 
 
-def number(config: Config, name: str, default: float) -> float:
+def sample_size(config: Config) -> tuple[int, int]:
+    """Return height and width of the latents that a UNet was trained on."""
+    size = whole_numbers(config, "sample_size", 64)
+    if len(size) > 2:
+        raise unsupported(config, "sample_size", 64)
+    return size[0], size[-1]
+
+
+def positive_number(config: Config, name: str, default: float, below: float = math.inf) -> float:
+    """Return the field's number, more than 0 and less than `below`."""
     value = config.get(name, default)
-    if type(value) not in (int, float) or not 0 < value < math.inf:
-        raise other(config, name, default)
+    if type(value) not in (int, float) or not 0 < value < below:
+        raise unsupported(config, name, default)
     return value
 
 
-def blank(kind: type[Module], config: Config, tensors: Tensors, **more: Any) -> Module:
-    """A module on the meta device: it needs no memory. Its weights must be exactly `tensors`."""
-    layers, groups = whole(config, "layers_per_block", 2), whole(config, "norm_num_groups", 32)
+def meta_module(
+    kind: type[Module], config: Config, tensors: Tensors, layers: int, **sizes: Any
+) -> Module:
+    """Build a module on the meta device, where it needs no memory.
+
+    layers: how many layers the config asks for; each has at least eight tensors.
+    Raises WeightsError unless its parameters are exactly `tensors`.
+    """
+    if 8 * layers > len(tensors):  # before so many are built
+        raise WeightsError(
+            f"{config.path} asks for {layers} layers, and {tensors.path} has {len(tensors)} tensors"
+            " for them: load a whole, unchanged model."
+        )
     try:
         with torch.device("meta"):
-            module = kind(layers_per_block=layers, norm_num_groups=groups, **more)
+            module = kind(**sizes)
     except ValueError as error:  # the groups do not divide a width
         raise WeightsError(f"{config.path} has sizes that don't go together: {error}.") from error
     shapes = {name: tuple(tensor.shape) for name, tensor in module.state_dict().items()}
@@ -100,10 +130,9 @@ def blank(kind: type[Module], config: Config, tensors: Tensors, **more: Any) -> 
     unknown = [stored.key for name, stored in tensors.items() if name not in shapes]
     for names, verb in (lacking, "lacks"), (unknown, "has, beyond those of Stable Diffusion 1.x,"):
         if names:
-            some = ", ".join(names[:3])
             raise WeightsError(
-                f"{tensors.path} {verb} {len(names)} tensor(s), such as {some}: load a whole, "
-                "unchanged model."
+                f"{tensors.path} {verb} {len(names)} tensor(s), such as {', '.join(names[:3])}: "
+                "load a whole, unchanged model."
             )
     for name, stored in tensors.items():
         # A 1x1 convolution is a linear layer: VAEs have one or the other.
@@ -115,37 +144,82 @@ def blank(kind: type[Module], config: Config, tensors: Tensors, **more: Any) -> 
     return module
 
 
-def blank_unet(config: Config, tensors: Tensors) -> UNet:
-    """upcast_attention has no place in UNET_FIELDS: the softmax is in float32 in any case."""
-    check_fields(config, UNET_FIELDS)
-    widths = wholes(config, "block_out_channels", [320, 640, 1280, 1280])
-    # SD 1.x calls the number of heads attention_head_dim.
-    field = "num_attention_heads" if config.get("num_attention_heads") else "attention_head_dim"
-    heads, words = whole(config, field, 8), whole(config, "cross_attention_dim", 768)
-    if any(width % heads for width in widths):
-        raise other(config, field, 8)
-    return blank(
-        UNet, config, tensors, block_out_channels=widths, cross_attention_dim=words, heads=heads
+def meta_modules(
+    configs: dict[str, Config], tensors: dict[str, Tensors]
+) -> tuple[TextEncoder, UNet, VAE]:
+    """Build the parts of a model on the meta device. Raises WeightsError if it is not SD 1.x."""
+    return (
+        meta_text_encoder(configs["text_encoder"], tensors["text_encoder"], configs["unet"]),
+        meta_unet(configs["unet"], tensors["unet"]),
+        meta_vae(configs["vae"], tensors["vae"]),
     )
 
 
-def blank_vae(config: Config, tensors: Tensors) -> VAE:
+def meta_unet(config: Config, tensors: Tensors) -> UNet:
+    """Build the UNet on the meta device. Raises WeightsError if it is not that of SD 1.x."""
+    # upcast_attention has no place in UNET_FIELDS: the softmax is in float32 in any case.
+    check_fields(config, UNET_FIELDS)
+    sizes = common_sizes(config, [320, 640, 1280, 1280])
+    # SD 1.x calls the number of heads attention_head_dim.
+    field = "num_attention_heads" if config.get("num_attention_heads") else "attention_head_dim"
+    heads, width = whole_number(config, field, 8), whole_number(config, "cross_attention_dim", 768)
+    if any(channels % heads for channels in sizes["block_out_channels"]):
+        raise unsupported(config, field, 8)
+    layers = sizes["layers_per_block"] * len(sizes["block_out_channels"])
+    return meta_module(
+        UNet, config, tensors, layers, cross_attention_dim=width, heads=heads, **sizes
+    )
+
+
+def meta_vae(config: Config, tensors: Tensors) -> VAE:
+    """Build the VAE on the meta device. Raises WeightsError if it is not that of SD 1.x."""
     check_fields(config, VAE_FIELDS)
-    widths = wholes(config, "block_out_channels", [128, 256, 512, 512])
-    scale = number(config, "scaling_factor", 0.18215)
-    return blank(VAE, config, tensors, block_out_channels=widths, scaling_factor=scale)
+    sizes = common_sizes(config, [128, 256, 512, 512])
+    scale = positive_number(config, "scaling_factor", 0.18215)
+    layers = sizes["layers_per_block"] * len(sizes["block_out_channels"])
+    return meta_module(VAE, config, tensors, layers, scaling_factor=scale, **sizes)
 
 
-def check_text_encoder(config: Config, unet: Config) -> None:
-    """Raises WeightsError if it is not CLIP ViT-L/14, or not the one that the UNet listens to."""
+def common_sizes(config: Config, widths: list[int]) -> dict[str, Any]:
+    """Return the sizes that UNet and VAE have in common. widths: of the levels in SD 1.x"""
+    return {
+        "block_out_channels": whole_numbers(config, "block_out_channels", widths),
+        "layers_per_block": whole_number(config, "layers_per_block", 2),
+        "norm_num_groups": whole_number(config, "norm_num_groups", 32),
+    }
+
+
+def meta_text_encoder(config: Config, tensors: Tensors, unet: Config) -> TextEncoder:
+    """Build CLIP's text encoder on the meta device.
+
+    The config may have fewer layers than the file ("clip skip"): the last ones are removed from
+    `tensors`. Raises WeightsError if it is not that of SD 1.x, or not the one that `unet` was
+    trained with.
+    """
     check_fields(config, TEXT_FIELDS)
-    width = whole(config, "hidden_size", 768)
-    if width != whole(unet, "cross_attention_dim", 768):
-        raise other(unet, "cross_attention_dim", f"its text encoder's width, {width}")
+    width = whole_number(config, "hidden_size", 768)
+    if width != whole_number(unet, "cross_attention_dim", 768):
+        raise unsupported(unet, "cross_attention_dim", f"its text encoder's width, {width}")
+    heads = whole_number(config, "num_attention_heads", 12)
+    if width % heads:
+        raise unsupported(config, "num_attention_heads", 12)
+    layers = whole_number(config, "num_hidden_layers", 12, least=0)
+    for name in list(tensors):
+        layer = re.match(r"encoder\.layers\.(\d{1,6})\.", name)
+        if layer and int(layer[1]) >= layers:
+            del tensors[name]
+    return meta_module(
+        TextEncoder, config, tensors, layers,
+        vocab_size=whole_number(config, "vocab_size", 49408),
+        hidden_size=width,
+        intermediate_size=whole_number(config, "intermediate_size", 3072),
+        num_hidden_layers=layers,
+        num_attention_heads=heads,
+    )  # fmt: skip
 
 
-def fill(module: Module, state: dict[str, Tensor]) -> Module:
-    """Make these very tensors the parameters of a blank module."""
+def load_into(module: Module, state: dict[str, Tensor]) -> Module:
+    """Make these very tensors the parameters of a module on the meta device."""
     shapes = {name: tensor.shape for name, tensor in module.state_dict().items()}
     state = {name: tensor.reshape(shapes[name]) for name, tensor in state.items()}
     module.load_state_dict(state, strict=True, assign=True)

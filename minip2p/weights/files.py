@@ -1,9 +1,8 @@
-"""The files of a model: their headers and configs, which are read first, and their tensors."""
+"""The files of a model: their configs and headers, which are read first, and their tensors."""
 
 from __future__ import annotations
 
 import json
-import os
 import re
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -19,13 +18,10 @@ T = TypeVar("T")
 
 FLOATS = ("F64", "F32", "F16", "BF16", "F8_E4M3", "F8_E5M2")
 UNUSED = ("embeddings.position_ids", "text_projection.weight", "logit_scale")  # of CLIP
-MAX_HEADER = 100_000_000  # bytes: the format's own limit
-MAGIC = {  # first bytes of what is no safetensors file
+NOT_SAFETENSORS = {  # the first bytes of files that users take for weights
     rb"PK\x03\x04|\x80[\x02-\x05]": "a pickle (.ckpt, .pt or .bin), which can run code when it is "
     "opened: take the model's .safetensors file",
     rb"version https://git-lfs": "a git-lfs pointer in place of the weights: run `git lfs pull`",
-    rb"\s*<": "a web page in place of the weights: download the file itself",
-    rb"GGUF": "a GGUF file: take the model's .safetensors file",
 }
 
 
@@ -34,7 +30,7 @@ class WeightsError(UserError):
 
 
 class Stored(NamedTuple):
-    """One tensor as the header of its file describes it."""
+    """A tensor as the header of its file describes it."""
 
     key: str
     dtype: str
@@ -54,119 +50,75 @@ Config = Table[Any]
 
 
 class Source(NamedTuple):
-    """What configs and headers say of a model. None of its weights has been read."""
+    """A model's configs and headers. None of its weights has been read."""
 
     configs: dict[str, Config]  # of the parts, "scheduler" and "defaults"
     tensors: dict[str, Tensors]  # of the parts, by the names of their parameters
     tokenizer: Path | None  # a folder; a single file has none
 
 
-def unreadable(path: Path, error: OSError) -> WeightsError:
-    reason = error.strerror or str(error)
-    return WeightsError(f"{path} can't be read ({reason}): check that it is there and readable.")
-
-
-def damaged(path: Path, how: str) -> WeightsError:
-    return WeightsError(f"{path} is damaged ({how}): download it or save it again.")
+def damaged(path: Path, reason: str) -> WeightsError:
+    return WeightsError(f"{path} is damaged ({reason}): download it or save it again.")
 
 
 def one_line(error: object, length: int = 400) -> str:
-    """What an error of a library's says, to stand inside a sentence."""
+    """Shorten the text of a library's error, so that it can stand inside a sentence."""
     return " ".join(str(error).split())[:length].rstrip(".")
 
 
-def read_header(path: Path) -> tuple[Tensors, dict[str, str]]:
-    """The tensors of a safetensors file, and its metadata; not a byte of the data is read.
+@contextmanager
+def errors_of(path: Path) -> Iterator[None]:
+    """Turn the errors of reading a file into a WeightsError that names it."""
+    from safetensors import SafetensorError
 
-    safetensors checks that every tensor lies in the file, beside the others.
-    """
-    from safetensors import SafetensorError, safe_open
-
-    header, size = header_bytes(path)
     try:
-        with safe_open(path, framework="pt") as file:
-            slices = {key: file.get_slice(key) for key in file.keys()}  # noqa: SIM118
-            metadata = file.metadata() or {}
-    except SafetensorError as error:
-        promised = promised_size(header)
-        if promised not in (None, size):
-            how = f"it has {size} bytes where its header promises {promised}"
-        else:
-            reason = one_line(error).removeprefix("Error while deserializing header: ")
-            how = f"its header is wrong: {reason}"
-        raise damaged(path, how) from error
-    if not slices:
-        raise damaged(path, "it holds no tensors")
-    if twice := names_twice(header):  # safetensors takes the last one without a word
-        raise damaged(path, f"its header has the name {twice[0][:80]!r} twice")
-    tensors = {
-        key: Stored(key, part.get_dtype(), tuple(part.get_shape())) for key, part in slices.items()
-    }
-    return Tensors(path, tensors), metadata
-
-
-def header_bytes(path: Path) -> tuple[bytes, int]:
-    """The JSON at the head of a safetensors file, and the size of the file."""
-    try:
-        with path.open("rb") as file:
-            size = os.fstat(file.fileno()).st_size
-            start = file.read(64)
-            length = int.from_bytes(start[:8], "little")
-            if not 2 <= length <= MAX_HEADER or start[8:9] != b"{":
-                for magic, what in MAGIC.items():
-                    if re.match(magic, start):
-                        raise WeightsError(f"{path} is {what}.")
-                raise damaged(path, "it does not begin as a safetensors file does")
-            if 8 + length > size:
-                raise damaged(path, f"it ends after {size} bytes, within a header of {length}")
-            file.seek(8)
-            return file.read(length), size
+        yield
     except OSError as error:
-        raise unreadable(path, error) from error
-
-
-def promised_size(header: bytes) -> int | None:
-    """How long a file with this header should be, in bytes. None if the header makes no sense."""
-    try:
-        entries = json.loads(header)
-        entries.pop("__metadata__", None)
-        spans = [tuple(entry["data_offsets"]) for entry in entries.values()]
-        makes_sense = all(0 <= begin <= end for begin, end in spans)
-        return 8 + len(header) + max(end for _, end in spans) if makes_sense else None
-    except (ValueError, TypeError, LookupError, AttributeError, RecursionError):
-        return None
-
-
-def names_twice(header: bytes) -> list[str]:
-    """Names that stand more than once in a table of this JSON."""
-    found: list[str] = []
-
-    def look(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-        names = [name for name, _ in pairs]
-        if len(set(names)) < len(names):
-            found.extend(name for name in names if names.count(name) > 1)
-        return dict(pairs)
-
-    json.loads(header, object_pairs_hook=look)
-    return found
+        reason = error.strerror or str(error)
+        raise WeightsError(
+            f"{path} can't be read ({reason}): check that it is there and readable."
+        ) from error
+    except SafetensorError as error:
+        reason = one_line(error).removeprefix("Error while deserializing header: ")
+        raise damaged(path, f"it is no whole safetensors file: {reason}") from error
 
 
 @contextmanager
 def opened(path: Path) -> Iterator[Any]:
-    """A safetensors file whose header has been read before. Its errors become ours."""
-    from safetensors import SafetensorError, safe_open
+    """Open a safetensors file, which maps it into memory, for tensors on the CPU."""
+    from safetensors import safe_open
 
-    try:
-        with safe_open(path, framework="pt") as file:
-            yield file
-    except OSError as error:
-        raise unreadable(path, error) from error
-    except SafetensorError as error:
-        raise damaged(path, one_line(error)) from error
+    with errors_of(path), torch.device("cpu"), safe_open(path, framework="pt") as file:
+        yield file
+
+
+def read_header(path: Path) -> tuple[Tensors, dict[str, str]]:
+    """Return the tensors of a safetensors file, and its metadata, without reading the data.
+
+    safetensors checks that the tensors fill the file without overlap.
+    """
+    with errors_of(path), path.open("rb") as file:
+        first_bytes = file.read(64)
+    for pattern, description in NOT_SAFETENSORS.items():
+        # A header begins with "{", after a length of eight bytes, which may look like a pickle's.
+        if first_bytes[8:9] != b"{" and re.match(pattern, first_bytes):
+            raise WeightsError(f"{path} is {description}.")
+    tensors: Tensors = Tensors(path, {})
+    with opened(path) as file:
+        for key in file.keys():  # noqa: SIM118
+            part = file.get_slice(key)
+            name = key.replace("_orig_mod.", "")  # torch.compile puts it before a module's names
+            if name in tensors:
+                raise damaged(path, f"{key} stands in it under a second name")
+            tensors[name] = Stored(key, part.get_dtype(), tuple(part.get_shape()))
+        metadata = file.metadata() or {}
+    if not tensors:
+        raise damaged(path, "it holds no tensors")
+    return tensors, metadata
 
 
 def read(tensors: Tensors, dtype: torch.dtype, device: torch.device) -> dict[str, Tensor]:
-    """Views of the mapped file where it has that dtype and the device is the CPU, else copies."""
+    """Read tensors: views of the mapped file if dtype and device (CPU) allow it, else copies."""
     state = {}
     with opened(tensors.path) as file:
         for name, stored in tensors.items():
@@ -178,12 +130,13 @@ def read(tensors: Tensors, dtype: torch.dtype, device: torch.device) -> dict[str
 
 
 def read_config(path: Path, optional: bool = False) -> Config:
+    """Read a JSON file with a table of fields. An optional one that is not there has none."""
     if optional and not path.exists():
         return Config(path, {})
+    with errors_of(path):
+        content = path.read_bytes()
     try:
-        fields = json.loads(path.read_bytes().decode())
-    except OSError as error:
-        raise unreadable(path, error) from error
+        fields = json.loads(content.decode())
     except (ValueError, RecursionError) as error:
         raise damaged(path, f"it is not JSON: {error}") from error
     if type(fields) is not dict:
@@ -191,24 +144,28 @@ def read_config(path: Path, optional: bool = False) -> Config:
     return Config(path, fields)
 
 
-def renamed(tensors: Tensors, name: Callable[[str], str], prefix: str = "") -> Tensors:
-    """The tensors below a prefix by the names that `name` makes of theirs, prefix included."""
-    found = Tensors(tensors.path, {})
-    for key, stored in tensors.items():
-        if not key.startswith(prefix):
+def renamed(tensors: Tensors, name_of: Callable[[str], str], prefix: str = "") -> Tensors:
+    """Return the tensors whose names begin with `prefix`, under new names without it.
+
+    name_of: from a name in the file to the published one, both with the prefix.
+    Raises WeightsError for tensors that are not floating point or have the same new name.
+    """
+    parameters = Tensors(tensors.path, {})
+    for name, stored in tensors.items():
+        if not name.startswith(prefix):
             continue
-        new = name(key).removeprefix(prefix)
-        if new in UNUSED:
+        parameter = name_of(name).removeprefix(prefix)
+        if parameter in UNUSED:
             continue
         if stored.dtype not in FLOATS:
             raise WeightsError(
-                f"{tensors.path} has {key} in {stored.dtype} and not in floating point: take a "
-                "version that is not quantised."
+                f"{tensors.path} has {stored.key} in {stored.dtype} and not in floating point: "
+                "take a version that is not quantised."
             )
-        if new in found:
-            raise damaged(tensors.path, f"{key} stands in it under a second name")
-        found[new] = stored
-    return found
+        if parameter in parameters:
+            raise damaged(tensors.path, f"{stored.key} stands in it under a second name")
+        parameters[parameter] = stored
+    return parameters
 
 
 def replace_all(name: str, table: dict[str, str]) -> str:

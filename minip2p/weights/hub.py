@@ -1,4 +1,4 @@
-"""A repository of the Hugging Face hub: what is needed of it becomes a folder of the cache."""
+"""A repository of the Hugging Face hub: the files needed become a folder of the cache."""
 
 from __future__ import annotations
 
@@ -9,20 +9,18 @@ from pathlib import Path
 from .files import WeightsError, one_line
 from .folder import STEMS, names_in, weights_files
 
-CLIP = "openai/clip-vit-large-patch14"  # whose tokenizer SD 1.x uses
+CLIP = "openai/clip-vit-large-patch14"  # SD 1.x uses its tokenizer
 MOVED = {"runwayml/stable-diffusion-v1-5": "stable-diffusion-v1-5/stable-diffusion-v1-5"}
 
 VOCABULARY = ("vocab.json", "merges.txt", "tokenizer_config.json", "special_tokens_map.json")
-TOKENIZER = (*VOCABULARY, "added_tokens.json", "tokenizer.json")  # what a tokenizer may be made of
-SMALL_FILES = (  # all that is asked of a repository beside its weights
-    *("model_index.json", "minip2p.json", "scheduler/scheduler_config.json"),
-    *(f"{part}/config.json" for part in STEMS),
-    *(f"tokenizer/{name}" for name in TOKENIZER),
-)
+TOKENIZER = (*VOCABULARY, "added_tokens.json", "tokenizer.json")
+SMALL_FILES = ["model_index.json", "minip2p.json", "scheduler/scheduler_config.json"]
+SMALL_FILES += [f"{part}/config.json" for part in STEMS]
+SMALL_FILES += [f"tokenizer/{name}" for name in TOKENIZER]
 
 
 def cached(repo: str, name: str, revision: str | None = None) -> Path | None:
-    """The folder of a repository in the local hub cache, if that file is in it."""
+    """Return the folder of a repository in the local hub cache, if that file is in it."""
     from huggingface_hub import try_to_load_from_cache
 
     path = try_to_load_from_cache(repo, name, revision=revision)
@@ -30,6 +28,7 @@ def cached(repo: str, name: str, revision: str | None = None) -> Path | None:
 
 
 def hub_error(repo: str, error: Exception) -> WeightsError:
+    """Return the error of the package for one of the hub's client."""
     from huggingface_hub import errors
 
     if repo in MOVED:
@@ -44,38 +43,39 @@ def hub_error(repo: str, error: Exception) -> WeightsError:
     return WeightsError(f"{repo} can't be loaded: {why}.")
 
 
-def download(repo: str, names: Collection[str], size: int) -> Path:
-    """The folder with these files of a repository, of which `size` bytes are yet to come."""
+def download(repo: str, names: Collection[str], size: int, revision: str | None = None) -> Path:
+    """Return the folder with these files of a repository, of which `size` bytes are missing."""
     from huggingface_hub import snapshot_download
 
     if size:
         amount = f"{size / 1e9:.2f} GB" if size >= 1e8 else f"{size / 1e6:.1f} MB"
         print(f"Downloading {amount} of {repo} to the Hugging Face cache", file=sys.stderr)
     try:
-        return Path(snapshot_download(repo, allow_patterns=list(names)))
+        return Path(snapshot_download(repo, revision=revision, allow_patterns=list(names)))
     except Exception as error:
         raise hub_error(repo, error) from error
 
 
 def from_hub(repo: str, half: bool) -> Path:
-    """A folder with a repository's model: downloaded as far as need be, or from the cache alone."""
+    """Return a folder with a repository's model: downloads what the local cache lacks."""
     from huggingface_hub import HfApi
 
     try:
         info = HfApi().model_info(repo, files_metadata=True)
     except Exception as error:
         folder = cached(repo, "unet/config.json")
-        if folder and is_whole(folder, half):
+        if folder and is_complete(folder, half):
             return folder
         raise hub_error(repo, error) from error
-    there = {file.rfilename: file.size or 0 for file in info.siblings or ()}
-    files = [name for name in SMALL_FILES if name in there]
-    files += weights_files(there, half, repo).values()
-    size = sum(there[name] for name in files if not cached(repo, name, info.sha))
-    return download(repo, files, size)
+    sizes = {file.rfilename: file.size or 0 for file in info.siblings or ()}
+    files = [name for name in SMALL_FILES if name in sizes]
+    files += weights_files(sizes, half, repo).values()
+    missing = sum(sizes[name] for name in files if not cached(repo, name, info.sha))
+    return download(repo, files, missing, info.sha)
 
 
-def is_whole(folder: Path, half: bool) -> bool:
+def is_complete(folder: Path, half: bool) -> bool:
+    """Tell whether a folder of the cache has the files that a model needs."""
     names = names_in(folder)
     try:
         weights_files(names, half, folder)
@@ -85,7 +85,7 @@ def is_whole(folder: Path, half: bool) -> bool:
 
 
 def clip_tokenizer() -> Path:
-    """CLIP's tokenizer for a single file, which has none: from the cache, or else from the hub."""
+    """Return a folder with CLIP's tokenizer, for a single file, which has none."""
     folder = cached(CLIP, "merges.txt")
     if folder and cached(CLIP, "vocab.json"):
         return folder

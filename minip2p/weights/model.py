@@ -8,9 +8,10 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from ..scheduler import alpha_bars
+from ..text import TextEncoder, Tokenizer
 from ..unet import UNet
 from ..vae import VAE
 
@@ -26,8 +27,8 @@ SD_DEFAULTS = {  # what generate() takes where neither its caller nor the model 
 class StableDiffusion:
     """A model that is ready to run, and what its source recommends for running it."""
 
-    tokenizer: Any
-    text_encoder: nn.Module
+    tokenizer: Tokenizer
+    text_encoder: TextEncoder
     unet: UNet
     vae: VAE
     scheduler: str  # "pndm" or "ddim": the model's own

@@ -1,4 +1,4 @@
-"""What a scheduler's config says: how training laid out the noise, and which sampler is meant.
+"""A scheduler's config: the noise levels that training had, and the sampler.
 
 Every field of diffusers' DDIM and PNDM configs stands in a table below, or is read by a function.
 """
@@ -10,10 +10,10 @@ import warnings
 from typing import Any
 
 from ..scheduler import SPACINGS
-from .build import check_fields, number, other, whole
+from .build import check_fields, positive_number, unsupported, whole_number
 from .files import Config
 
-REFUSED = {  # unless it is as here: what SD 1.x was trained with
+REFUSED = {  # unless they have these values: SD 1.x was trained with them
     "prediction_type": "epsilon",
     "beta_schedule": "scaled_linear",
     "trained_betas": None,
@@ -34,31 +34,35 @@ FEW_STEPS = ("LCMScheduler", "TCDScheduler")
 
 
 def noise_levels(config: Config) -> dict[str, Any]:
-    """How training laid out the noise levels, and which are visited: arguments of DDIM and PNDM.
+    """Return the noise levels of training and how they are visited, as arguments of DDIM and PNDM.
 
     Raises WeightsError if the model was trained with other noise, or to predict something else.
     """
     name = class_name(config)
     if not (re.fullmatch(FAMILY, name) or name in FEW_STEPS):
-        raise other(config, "_class_name", "a sampler of predicted noise such as DDIMScheduler")
+        raise unsupported(
+            config, "_class_name", "a sampler of predicted noise such as DDIMScheduler"
+        )
     check_fields(config, REFUSED)
     spacing = config.get("timestep_spacing") or "leading"
     if spacing not in SPACINGS:
-        raise other(config, "timestep_spacing", " or ".join(SPACINGS))
+        raise unsupported(config, "timestep_spacing", " or ".join(SPACINGS))
     if name in FEW_STEPS:  # they begin with the noisiest timestep, whatever stands there
         spacing = "trailing"
+    if type(config.get("set_alpha_to_one", False)) not in (bool, type(None)):
+        raise unsupported(config, "set_alpha_to_one", "True or False")
     levels = {
-        "num_train_timesteps": whole(config, "num_train_timesteps", 1000),
-        "beta_start": number(config, "beta_start", 0.00085),
-        "beta_end": number(config, "beta_end", 0.012),
+        "num_train_timesteps": whole_number(config, "num_train_timesteps", 1000),
+        "beta_start": positive_number(config, "beta_start", 0.00085, below=1),
+        "beta_end": positive_number(config, "beta_end", 0.012, below=1),
         "steps_offset": 1,  # see WITHOUT_EFFECT
-        "set_alpha_to_one": bool(config.get("set_alpha_to_one")),
+        "set_alpha_to_one": config.get("set_alpha_to_one") or False,
     }
     return levels if spacing == "leading" else levels | {"timestep_spacing": spacing}
 
 
 def sampler(config: Config) -> str:
-    """The sampler's name, pndm or ddim. Warns where that is not what the config asks for."""
+    """Return the sampler's name, pndm or ddim. Warn if that is not what the config asks for."""
     name = class_name(config)
     if name == "PNDMScheduler":
         if config.get("skip_prk_steps") is False:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import re
 import warnings
+from collections.abc import Iterable
 from itertools import count, takewhile
 from pathlib import Path
 from typing import Any
@@ -18,8 +19,8 @@ LDM_UNET, LDM_EMA = "model.diffusion_model.", "model_ema."
 LDM_VAE, LDM_TEXT = "first_stage_model.", "cond_stage_model.transformer."
 LDM_TRAINING = ("first_stage_model.loss.", "first_stage_model.model_ema.")  # what it left behind
 
-# Names are recognised by regular expressions, the first that is found deciding.
 PARTS = {"UNet": LDM_UNET, "VAE": LDM_VAE, "text encoder": LDM_TEXT}
+# Regular expressions of names; the first that matches one decides.
 OTHER_MODELS = {  # names in models that are no SD 1.x
     r"^conditioner\.embedders\.|^model\.diffusion_model\.label_emb\.": "Stable Diffusion XL",
     r"joint_blocks\.": "Stable Diffusion 3",
@@ -33,18 +34,6 @@ ADDITIONS = {  # names in what is added to a model
     r"^(ip_adapter|image_proj)\.": "an IP-Adapter",
     r"(^|\.)(exp_avg|exp_avg_sq|momentum_buffer)(\.|$)": "an optimizer's state",
 }
-LONE = {  # names in what has no UNet where a single file has it
-    r"^model_ema\.diffusion_model": "the averaged weights (EMA) of a UNet, without its own",
-    r"^unet\.(conv_in|down_blocks)\.": "a diffusers folder put into one file",
-    r"^(down|up)_blocks\.|^mid_block\.": "the UNet of a diffusers folder, without the rest",
-    r"^(diffusion_model\.)?(input|output)_blocks\.": "a UNet, without the rest",
-    r"^(vae\.)?(encoder|decoder)\.conv_in\.|^first_stage_model\.": "a VAE, without the rest",
-    r"^(concept|special_care)_embeds": "a safety checker",
-    r"(^|\.)(vision_model|visual)\.": "CLIP with its image encoder, without the rest",
-    r"(^|\.)token_embedding\.weight$": "a text encoder, without the rest",
-}
-INSIDE = r"^(.+?\.)(model\.diffusion_model|first_stage_model|cond_stage_model)\."
-EMBEDDINGS = ((768,), (1024,), (1280,))  # the widths of text encoders
 
 # fmt: off
 UNET_NAMES = {  # LDM's → published
@@ -68,7 +57,10 @@ VAE_NAMES = {
 
 
 def unet_name(key: str, n: int) -> str:
-    """The published name for LDM's, which numbers the blocks of n resnets a level in one list."""
+    """Return the published name for LDM's, which numbers all blocks in one list.
+
+    n: resnets of a level on the way down.
+    """
     key = replace_all(key, UNET_NAMES)
     block = re.search(r"(in|out)put_blocks\.(\d{1,3})\.(\d)\.", key)
     if not block:
@@ -85,77 +77,70 @@ def unet_name(key: str, n: int) -> str:
 
 
 def vae_name(key: str, levels: int) -> str:
-    """The published name for LDM's, which counts the decoder's levels from the finest."""
+    """Return the published name for LDM's, which counts the decoder's levels from the finest."""
     key = re.sub(r"\.up\.(\d{1,3})\.", lambda up: f".up_blocks.{levels - 1 - int(up[1])}.", key)
     return replace_all(key, VAE_NAMES)
 
 
-def recognise(file: Tensors) -> None:
-    """Raises WeightsError if the names are not those of SD 1.x, and says whose they are."""
-    path, names = file.path, "\n".join(file)
-    lacking = [part for part, prefix in PARTS.items() if f"\n{prefix}" not in f"\n{names}"]
-    beside = [name for name in file if not name.startswith(tuple(PARTS.values()))]
-    addition = first_match(ADDITIONS, "\n".join(beside))
-    what = first_match(OTHER_MODELS, names)
-    if lacking and not what:
-        if inside := re.search(INSIDE, names, re.MULTILINE):
-            raise WeightsError(
-                f"{path} keeps the model below {inside[1]!r}, as training states do: save the "
-                "tensors below it alone, without that prefix."
-            )
-        what = f"{addition}, not a model" if addition else alone(file, names, lacking)
-    if what:
-        raise WeightsError(f"{path} is {what}: load a whole Stable Diffusion 1.x model.")
+def check_names(file: Tensors) -> None:
+    """Raise WeightsError if the names are not those of SD 1.x. Warn of additions left out."""
+    names = "\n".join(file)
+    others = [name for name in file if not name.startswith(tuple(PARTS.values()))]
+    addition = first_match(ADDITIONS, "\n".join(others))
+    lacking = [part for part, prefix in PARTS.items() if not any_begins(file, prefix)]
+    kind = first_match(OTHER_MODELS, names)
+    if lacking and addition and not kind:
+        kind = f"{addition}, not a model"
+    if kind:
+        raise WeightsError(f"{file.path} is {kind}: load a whole Stable Diffusion 1.x model.")
     if lacking:
         raise WeightsError(
-            f"{path} has no {lacking[0]} ({PARTS[lacking[0]]}…): load a whole Stable Diffusion 1.x "
-            "checkpoint."
+            f"{file.path} has no {' and no '.join(lacking)}: the names of a Stable Diffusion 1.x "
+            f"checkpoint begin with {', '.join(PARTS.values())}, and here there is "
+            f"{next(iter(file))[:80]!r}; load a whole checkpoint."
         )
     if addition:
-        warnings.warn(f"{path} has {addition} beside the model: it is left out.", stacklevel=4)
+        warnings.warn(f"{file.path} has {addition} beside the model: it is left out.", stacklevel=4)
 
 
-def alone(file: Tensors, names: str, lacking: list[str]) -> str | None:
-    """Which single part of a model the file is."""
-    if "UNet" not in lacking:
-        return None
-    if len(file) <= 3 and all(stored.shape[-1:] in EMBEDDINGS for stored in file.values()):
-        return "a textual inversion, not a model"
-    if len(lacking) > 1 or "model_ema.diffusion_model" in names:
-        return first_match(LONE, names)
-    return None
+def any_begins(names: Iterable[str], prefix: str) -> bool:
+    return any(name.startswith(prefix) for name in names)
 
 
 def first_match(table: dict[str, str], names: str) -> str | None:
-    """What the first pattern that is in the names stands for."""
-    found = (what for pattern, what in table.items() if re.search(pattern, names, re.MULTILINE))
-    return next(found, None)
+    """Return the value of the first pattern that matches one of `names`, a name a line."""
+    values = (value for key, value in table.items() if re.search(key, names, re.MULTILINE))
+    return next(values, None)
 
 
 def predicts_v(tensors: Tensors, metadata: dict[str, str]) -> bool:
-    """Whether a finetune predicts v instead of noise, which weights do not show."""
+    """Tell whether a finetune predicts v instead of noise, which weights do not show."""
     try:
         sidecar = tensors.path.with_suffix(".yaml").read_text(errors="replace")
     except OSError:
         sidecar = ""
-    said = metadata.get("modelspec.prediction_type", "epsilon")
-    found = re.search(r"^\s*parameterization:\s*[\"']?v\b", sidecar, re.MULTILINE)
-    return bool(found) or said.startswith("v") or "v_pred" in tensors
+    config_says_v = re.search(r"^\s*parameterization:\s*[\"']?v\b", sidecar, re.MULTILINE)
+    metadata_says_v = metadata.get("modelspec.prediction_type", "epsilon").startswith("v")
+    return bool(config_says_v) or metadata_says_v or "v_pred" in tensors
 
 
 def axis(tensors: Tensors, name: str, i: int = 0) -> int | None:
+    """Return the length of an axis of a tensor. None if there is no such tensor or axis."""
     shape = tensors[name].shape if name in tensors else ()
     return shape[i] if len(shape) > i else None
 
 
 def axes(tensors: Tensors, name: str, start: int = 0, step: int = 1) -> list[int | None]:
-    """First axes of the tensors numbered start, start + step, … as far as they go."""
+    """Return the first axes of the tensors numbered start, start + step, … as far as they go."""
     names = takewhile(tensors.__contains__, (name.format(i) for i in count(start, step)))
     return [axis(tensors, name) for name in names]
 
 
 def unet_config(file: Tensors, width: int) -> dict[str, Any]:
-    """width: of the text encoder, for a UNet that has lost its middle block."""
+    """Return a UNet's config.json, from the shapes of its tensors.
+
+    width: of the text encoder, for a UNet that has lost its middle block.
+    """
     resnet = LDM_UNET + "input_blocks.{}.0.out_layers.3.weight"
     to_k = LDM_UNET + "middle_block.1.transformer_blocks.0.attn2.to_k.weight"
     proj_in = LDM_UNET + "middle_block.1.proj_in.weight"
@@ -171,6 +156,7 @@ def unet_config(file: Tensors, width: int) -> dict[str, Any]:
 
 
 def vae_config(file: Tensors) -> dict[str, Any]:
+    """Return a VAE's config.json, from the shapes of its tensors."""
     resnet = LDM_VAE + "encoder.down.0.block.{}.conv2.weight"
     return {
         "layers_per_block": len(axes(file, resnet)),
@@ -179,6 +165,7 @@ def vae_config(file: Tensors) -> dict[str, Any]:
 
 
 def text_config(clip: Tensors) -> dict[str, Any]:
+    """Return a text encoder's config.json, from the shapes of its tensors."""
     width = axis(clip, "embeddings.token_embedding.weight", 1) or 768
     return {
         "vocab_size": axis(clip, "embeddings.token_embedding.weight"),
@@ -191,37 +178,36 @@ def text_config(clip: Tensors) -> dict[str, Any]:
 
 
 def from_single_file(path: Path, ema: bool | None = None) -> Source:
-    """ema: the averaged UNet, or the model's own; None finds out which one is meant."""
+    """Read a checkpoint's header as if it were a folder. ema: as in `load`
+
+    Raises WeightsError if it is no Stable Diffusion 1.x.
+    """
     file, metadata = read_header(path)
-    recognise(file)
-    for key in [key for key in file if key.startswith(LDM_TRAINING)]:
-        del file[key]
-    clip = renamed(file, lambda key: key.replace(".text_model.", "."), LDM_TEXT)
-    text = text_config(clip)
-    fields = {
-        "unet": unet_config(file, text["hidden_size"]),
-        "vae": vae_config(file),
-        "text_encoder": text,
-        "scheduler": {"prediction_type": "v_prediction" if predicts_v(file, metadata) else None},
-        "defaults": {},
-    }
+    check_names(file)
+    for name in [name for name in file if name.startswith(LDM_TRAINING)]:
+        del file[name]
+    clip = renamed(file, lambda name: name.replace(".text_model.", "."), LDM_TEXT)
+    text, vae = text_config(clip), vae_config(file)
+    unet = unet_config(file, text["hidden_size"])
+    scheduler = {"prediction_type": "v_prediction" if predicts_v(file, metadata) else None}
+    fields = {"unet": unet, "vae": vae, "text_encoder": text, "scheduler": scheduler}
     # What the shapes do not tell is SD 1.x's default, so that a tensor that is not there is missed
     # when the modules are built.
     configs = {
-        part: Config(path, {name: value for name, value in those.items() if value})
-        for part, those in fields.items()
+        part: Config(path, {name: value for name, value in config.items() if value})
+        for part, config in (fields | {"defaults": {}}).items()
     }
     averages = {
-        key: LDM_EMA + key.removeprefix("model.").replace(".", "")
-        for key in file
-        if key.startswith(LDM_UNET)
+        name: LDM_EMA + name.removeprefix("model.").replace(".", "")
+        for name in file
+        if name.startswith(LDM_UNET)
     }
     if takes_average(file, averages, "merge" in " ".join(metadata), ema):
-        file.update({key: file[average] for key, average in averages.items()})
-    n, levels = fields["unet"]["layers_per_block"], len(fields["vae"]["block_out_channels"])
+        file.update({name: file[average] for name, average in averages.items()})
+    n, levels = unet["layers_per_block"], len(vae["block_out_channels"])
     tensors = {
-        "unet": renamed(file, lambda key: unet_name(key, n), LDM_UNET),
-        "vae": renamed(file, lambda key: vae_name(key, levels), LDM_VAE),
+        "unet": renamed(file, lambda name: unet_name(name, n), LDM_UNET),
+        "vae": renamed(file, lambda name: vae_name(name, levels), LDM_VAE),
         "text_encoder": clip,
     }
     return Source(configs, tensors, None)
