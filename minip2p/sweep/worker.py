@@ -59,14 +59,15 @@ class Worker:
         return [(runs[0].row | {"error": message}, {})]
 
     def make(self, runs: Sequence[SweepRun]) -> list[tuple[Row, Files]]:
+        """Make runs of one source in one call of generate, and measure them."""
         edits = [run for run in runs if run.is_edit]
         call = replace(
             runs[0].run,
             prompts=[runs[0].run.prompts[0], *(run.run.prompts[1] for run in edits)],
             edits=[run.run.edits[0] for run in edits],
         )
-        words = [self.words(run.run) for run in edits]
-        all_words = dict.fromkeys(word for pair in words for side in pair for word in side)
+        words = {run.id: self.words(run.run) for run in edits}
+        all_words = dict.fromkeys(w for sides in words.values() for side in sides for w in side)
         began = time.perf_counter()
         result = call.generate(
             self.model,
@@ -79,14 +80,19 @@ class Worker:
             "worker": f"{socket.gethostname()}:{os.getpid()}",
             "minip2p": version("minip2p"),
         }
-        source, *images = result.images
-        source_files = self.files(runs[0].source, source, result.latents[0])
-        made: dict[str, tuple[Row, Files]] = {runs[0].source: (shared, {})}
-        for r, (run, image) in enumerate(zip(edits, images, strict=True), 1):
-            figures = measure(source, image, result.store, r, words[r - 1])
-            made[run.id] = shared | figures, self.files(run.id, image, result.latents[r])
-        rows = [(run.row | made[run.id][0], made[run.id][1]) for run in runs]
-        return [(rows[0][0], source_files | rows[0][1]), *rows[1:]]
+        images, latents = result.images, result.latents
+        place = {run.id: r for r, run in enumerate(edits, 1)}
+        made: list[tuple[Row, Files]] = []
+        for run in runs:
+            row, files = run.row | shared, dict[str, bytes]()
+            if run.is_edit:
+                r = place[run.id]
+                row |= measure(images[0], images[r], result.store, r, words[run.id])
+                files = self.files(run.id, images[r], latents[r])
+            if not made:
+                files = self.files(run.source, images[0], latents[0]) | files
+            made.append((row, files))
+        return made
 
     def inversion(self, run: Run) -> Inversion | None:
         """Invert the picture of a run, once for all runs of the same inversion."""
@@ -103,6 +109,7 @@ class Worker:
         return changed_words(source, target, list(weights))
 
     def files(self, name: str, image: Image.Image, latents: Tensor) -> Files:
+        """Return a picture as a PNG with its run's id in it, and its latents if they are kept."""
         png, info = io.BytesIO(), PngInfo()
         info.add_itxt(RUN_ID, name)
         image.save(png, "PNG", pnginfo=info, compress_level=1)  # a GPU is faster than zlib at 6
