@@ -106,7 +106,8 @@ NEED_AN_EDIT = (
 
 
 def is_given(options: argparse.Namespace, name: str) -> bool:
-    return getattr(options, name) not in (None, False, [])
+    value = getattr(options, name)
+    return not (value is None or value is False or value == [])  # 0 is given
 
 
 def option_of(name: str) -> str:

@@ -81,6 +81,10 @@ def split_pair(option: str, text: str, at_last: bool = False) -> tuple[str, str]
 # --- what is printed ------------------------------------------------------------------------------
 
 
+# They change the order in which a terminal shows the rest of a line.
+BIDI_CONTROLS = "\u202a\u202b\u202c\u202d\u202e\u2066\u2067\u2068\u2069"
+
+
 def printable(text: str, stream: TextIO) -> str:
     """Return the text with escapes for control characters and for what the stream can't encode.
 
@@ -89,7 +93,7 @@ def printable(text: str, stream: TextIO) -> str:
     """
     escaped = "".join(
         c
-        if c in "\n\t" or unicodedata.category(c)[0] != "C"
+        if c in "\n\t" or not (unicodedata.category(c) in ("Cc", "Cs") or c in BIDI_CONTROLS)
         else c.encode("unicode_escape").decode()
         for c in text
     )

@@ -79,19 +79,14 @@ Edit 1: a Car, at night
 }
 
 
-@pytest.fixture(scope="session")
-def model() -> minip2p.StableDiffusion:
-    return minip2p.load()
-
-
 @pytest.mark.parametrize("name", CASES)
-def test_explain(model, name):
+def test_explain(toy, name):
     prompts, edit, settings, table = CASES[name]
-    assert minip2p.explain(model, prompts, edit, **settings) == table.strip()
+    assert minip2p.explain(toy, prompts, edit, **settings) == table.strip()
 
 
-def test_without_settings_the_models_own(model):
+def test_without_settings_the_models_own(toy):
     """The table is of what `generate` would do with the same arguments."""
-    table = minip2p.explain(model, ["a cat", "a dog"])
+    table = minip2p.explain(toy, ["a cat", "a dog"])
     assert "dog     cat                              1 to 40 of 50\n" in table  # 0.8 of 50
     assert table.endswith("1 to 30 of 50")  # 0.6 of 50

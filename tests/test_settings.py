@@ -24,11 +24,6 @@ from minip2p import (
 CAT, DOG = "a photo of a cat", "a photo of a dog"
 
 
-@pytest.fixture(scope="module")
-def model() -> minip2p.StableDiffusion:
-    return minip2p.load(device="cpu")
-
-
 # --- what is taken -------------------------------------------------------------------------------
 
 
