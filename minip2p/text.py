@@ -81,8 +81,11 @@ class Embeddings(nn.Module):
 
     def __init__(self, vocabulary: int, d: int):
         super().__init__()
-        self.token_embedding = nn.Embedding(vocabulary, d)
-        self.position_embedding = nn.Embedding(LENGTH, d)
+        # Not nn.Embedding's normal numbers: drawn on the meta device, where `load` builds modules,
+        # they make torch import its compiler, which takes two seconds.
+        tokens, positions = (torch.empty(n, d).uniform_(-0.03, 0.03) for n in (vocabulary, LENGTH))
+        self.token_embedding = nn.Embedding.from_pretrained(tokens, freeze=False)
+        self.position_embedding = nn.Embedding.from_pretrained(positions, freeze=False)
 
     def forward(self, ids: Tensor) -> Tensor:
         """ids: b k → b k d"""

@@ -897,7 +897,7 @@ def test_a_word_that_no_edit_has_is_a_mistake(run: Program, tmp_path: Path, opti
 # --- imports --------------------------------------------------------------------------------------
 
 
-def test_nothing_heavy_comes_with_minip2p_or_a_mistake(tmp_path: Path):
+def test_nothing_heavy_comes_with_minip2p_a_mistake_or_the_bundled_model(tmp_path: Path):
     code = (
         "import sys, minip2p\n"
         "assert not [name for name in sys.modules if name.startswith('minip2p.sample')]\n"
@@ -909,6 +909,9 @@ def test_nothing_heavy_comes_with_minip2p_or_a_mistake(tmp_path: Path):
         "except SystemExit as exit:\n"
         "    assert exit.code == 0\n"
         "heavy = 'transformers', 'diffusers', 'huggingface_hub', 'safetensors'\n"
+        "assert not [name for name in heavy if name in sys.modules]\n"
+        "minip2p.load(device='cpu')\n"
+        "heavy = 'transformers', 'diffusers', 'huggingface_hub', 'torch._dynamo'\n"
         "assert not [name for name in heavy if name in sys.modules]"
     )
     outcome = run_apart(cwd=tmp_path, code=code)
