@@ -84,11 +84,12 @@ def remarks(path: Path) -> Iterator[tuple[str, str]]:
     """Yield what a reader would stumble over: the kind, and where it stands."""
     for node in ast.walk(ast.parse(path.read_text("utf-8"))):
         where = f"{path.relative_to(ROOT)}:{getattr(node, 'lineno', 1)}"
-        if isinstance(node, ast.FunctionDef) and (n := node.end_lineno - node.lineno + 1) > LONGEST:
-            yield "long functions", f"{where} {node.name} ({n} lines)"
-        if isinstance(node, ast.FunctionDef | ast.ClassDef | ast.Module) and NOUN_CLAUSE.match(
-            ast.get_docstring(node) or ""
-        ):
+        if isinstance(node, ast.FunctionDef):
+            length = (node.end_lineno or node.lineno) - node.lineno + 1
+            if length > LONGEST:
+                yield "long functions", f"{where} {node.name} ({length} lines)"
+        documented = isinstance(node, ast.FunctionDef | ast.ClassDef | ast.Module)
+        if documented and NOUN_CLAUSE.match(ast.get_docstring(node) or ""):
             yield "docstrings without a verb", where
         stored = isinstance(node, ast.Name) and isinstance(node.ctx, ast.Store) and node.id
         argument = isinstance(node, ast.arg) and node.arg

@@ -158,7 +158,10 @@ def test_full_size_unet_and_decoder():
     assert error(ours.decode(z * 0.18215), theirs.decode(z).sample) < 1e-5
 
 
-@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize(
+    "device",
+    [pytest.param("cpu", marks=pytest.mark.slow), pytest.param("cuda", marks=pytest.mark.gpu)],
+)
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
 def test_half_precision_is_as_good_as_diffusers(dtype, device):
     """Mean error against the float32 forward, over several inputs."""
@@ -314,7 +317,7 @@ def test_every_layout_makes_the_same_picture(narrow):
             model, PROMPTS[0], num_inference_steps=2, height=64, width=64, decode=False
         ).latents
     for name, x in latents.items():
-        limit = 1e-5 if "16" not in name else 2e-2
+        limit = 1e-5 if "16" not in name else 2e-2  # files align their weights differently
         assert error(x, latents["diffusers"]) < limit, name
 
 
