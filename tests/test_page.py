@@ -21,7 +21,7 @@ import minip2p
 from minip2p import AttentionStore, Layer, LocalBlend, Refine, Reweight, WordSwap
 from minip2p.align import Prompt
 from minip2p.edit import Edits, bind
-from minip2p.explain import text as explained_text
+from minip2p.explain import table as explained_text
 from minip2p.html.page import MAP_BYTES, PageStore, page
 from minip2p.pipeline import Result
 from minip2p.show import COLOURS

@@ -21,7 +21,7 @@ from torch import Tensor
 from ..align import LENGTH, Alignment, Prompt, bounds
 from ..attention import Hook, Layer
 from ..edit import PromptEdit
-from ..explain import Line, lines, said
+from ..explain import Line, calls_text, explain_row
 from ..pipeline import Result
 from ..show import COLOURS
 from ..store import AttentionStore
@@ -213,7 +213,7 @@ def _tables(
         return ""
     tables = []
     for r in range(1, len(words)):
-        of_row = lines(control, r, calls)
+        of_row = explain_row(control, r, calls)
         if not of_row:
             continue
         weighed = any(line.weight != 1 for line in of_row)
@@ -235,7 +235,7 @@ def _tables(
 
 
 def _line(line: Line, r: int, words: Sequence[_Word], calls: int, weighed: bool) -> str:
-    what = re.sub(r"(\d) x (\d)", r"\1 × \2", line.what) if line.token is None else line.what
+    what = re.sub(r"(\d) x (\d)", r"\1 × \2", line.source) if line.token is None else line.source
     cells = [escape(what), _bar(line.calls, calls)]
     if line.token is None:
         head, data = f"<em>{line.name}</em>", ""
@@ -251,7 +251,7 @@ def _bar(when: range | None, calls: int) -> str:
     if when is None:
         return ""
     bar = f'<span class="bar"><i style="--from:{when.start};--to:{when.stop}"></i></span>'
-    return bar + said(when, calls)
+    return bar + calls_text(when, calls)
 
 
 def _about(store: AttentionStore, shown: range) -> str:
