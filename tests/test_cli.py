@@ -4,7 +4,6 @@ import ast
 import graphlib
 import json
 import os
-import pickle
 import pkgutil
 import re
 import shlex
@@ -94,33 +93,21 @@ MISTAKES: list[tuple[str, ...]] = [
     ("'a cat' 'a dog'", "a dog", "quotes"),
     ("a squirrel eating a burger", "squirrel eating a burger", "quotes"),
     ("'a cat' --steps", "--steps", "expected"),
-    ("'a cat' --swap", "--swap", "expected"),
-    ("'a cat' --negative", "--negative", "expected"),
     # numbers
     ("'a cat' --steps 0", "steps", "from 1 to 999", "0"),
-    ("'a cat' --steps -1", "steps", "from 1 to 999", "-1"),
     ("'a cat' --steps 1000", "steps", "from 1 to 999", "1000"),
     ("'a cat' --steps x", "steps", "whole number", "'x'"),
     ("'a cat' --steps 1.5", "steps", "whole number", "1.5"),
     ("'a cat' --seed -1", "seed", "from 0 to", "-1"),
-    ("'a cat' --seed x", "seed", "whole number", "'x'"),
     ("'a cat' --seed 9223372036854775808", "seed", "from 0 to", "9223372036854775808"),
     ("'a cat' --guidance nan", "guidance", "number", "nan"),
     ("'a cat' --guidance x", "guidance", "number", "'x'"),
-    ("'a cat' --guidance inf", "guidance", "number", "inf"),
-    ("'a cat' --height 0", "height", "0"),
     ("'a cat' --height 65", "height", "multiple of 8", "65"),
-    ("'a cat' --height -8", "height", "-8"),
-    ("'a cat' --height x", "height", "whole number", "'x'"),
     ("'a cat' --width 0", "width", "0"),
-    ("'a cat' --width 65", "width", "multiple of 8", "65"),
-    ("'a cat' --width -8", "width", "-8"),
     ("'a cat' --width 1e3", "width", "whole number", "1e3"),
     ("'a cat' --height 40000000 --width 40000000", "40000000"),
     (f"'a cat' --height 4{'0' * 30}", "height", f"4{'0' * 30}"),
     ("'a cat' --eta 2", "eta", "from 0", "to 1", "2"),
-    ("'a cat' --eta -0.5", "eta", "from 0", "to 1", "-0.5"),
-    ("'a cat' --eta x", "eta", "number", "'x'"),
     ("'a cat' --eta 0.5 --scheduler pndm", "PNDM", "DDIM", "0.5"),
     ("'a cat' --scheduler euler", "scheduler", "euler", "ddim", "pndm"),
     ("'a cat' --dtype int8", "dtype", "int8", "float32", "bfloat16"),
@@ -152,12 +139,10 @@ MISTAKES: list[tuple[str, ...]] = [
     ("'a cat' --swap zebra=lion", "'zebra'", "a cat"),
     ("'a cat' --swap a.t=lion", "'a.t'", "a cat"),
     ("'a cat' --to ''", "--to", "''"),
-    ("'a cat' --to ' '", "--to", "' '"),
     ("'a cat' --reweight x", "--reweight", "'x'", "="),
     ("'a cat' --reweight cat=", "--reweight", "'cat='"),
     ("'a cat' --reweight cat=abc", "--reweight", "'cat'", "'abc'"),
     ("'a cat' --reweight cat=nan", "'cat'", "nan", "finite"),
-    ("'a cat' --reweight cat=inf", "'cat'", "inf", "finite"),
     ("'a cat' --reweight zebra=2", "'zebra'", "a, cat"),
     ("'a cat' --swap cat=dog --blend zebra", "'zebra'", "a, cat, dog"),
     ("'a cat' --swap cat=dog --blend ''", "''", "a, cat, dog"),
@@ -166,32 +151,25 @@ MISTAKES: list[tuple[str, ...]] = [
     ("--to 'a dog'", "prompt"),
     ("--reweight cat=2", "prompt"),
     ("'' --swap cat=dog", "prompt"),
-    ("'' --to 'a cat'", "prompt"),
-    ("' ' --reweight cat=2", "prompt"),
     ("'a caf\udce9' --steps 1", "caf", "UTF-8"),
     (f"--fast --dtype float16 --model '{EMOJI}'", "--fast", "float16", "float32"),
     # windows
     ("'a cat' --swap cat=dog --cross-replace-steps 1.5", "--cross", "from 0 to 1", "'1.5'"),
-    ("'a cat' --swap cat=dog --cross-replace-steps -0.1", "--cross", "from 0 to 1", "'-0.1'"),
     ("'a cat' --swap cat=dog --cross-replace-steps 0.8,0.2", "--cross", "start", "'0.8,0.2'"),
     ("'a cat' --swap cat=dog --cross-replace-steps 0,0.2,1", "--cross", "start", "'0,0.2,1'"),
     ("'a cat' --swap cat=dog --cross-replace-steps x", "--cross", "from 0 to 1", "'x'"),
-    ("'a cat' --swap cat=dog --cross-replace-steps nan", "--cross", "from 0 to 1", "'nan'"),
     ("'a cat' --swap cat=dog --cross-replace-steps cat=2", "--cross", "from 0 to 1", "'2'"),
     ("'a cat' --swap cat=dog --cross-replace-steps zebra=0.4", "'zebra'", "a, cat, dog"),
     ("'a cat' --swap cat=dog --self-replace-steps 2", "--self", "from 0 to 1", "'2'"),
-    ("'a cat' --swap cat=dog --self-replace-steps x", "--self", "from 0 to 1", "'x'"),
     ("'a cat' --swap cat=dog --self-replace-steps cat=0.4", "--self", "'cat=0.4'"),
     ("'a cat' --swap cat=dog --sweep x", "--sweep", "'x'"),
     ("'a cat' --swap cat=dog --sweep foo=1", "--sweep", "cross=", "self=", "'foo=1'"),
     ("'a cat' --swap cat=dog --sweep cross=", "--sweep", "'cross='"),
-    ("'a cat' --swap cat=dog --sweep cross=2", "--sweep", "from 0 to 1", "'2'"),
     ("'a cat' --swap cat=dog --sweep cross=0.1,,0.5", "--sweep", "from 0 to 1", "''"),
     # an edit is missing
     ("'a cat' --blend cat", "--blend", "--swap"),
     ("'a cat' --cross-replace-steps 0.5", "--cross-replace-steps", "--swap"),
     ("'a cat' --self-replace-steps 0", "--self-replace-steps", "--swap"),
-    ("'a cat' --self-replace-steps ''", "--self-replace-steps", "--swap"),
     ("'a cat' --sweep ''", "--sweep", "--swap"),
     ("'a cat' --baseline", "--baseline", "--swap"),
     ("'a cat' --explain", "--explain", "--swap"),
@@ -204,8 +182,6 @@ MISTAKES: list[tuple[str, ...]] = [
     ("'a cat' --model {there}/empty.safetensors", "empty.safetensors", "safetensors"),
     ("'a cat' --model {there}/folder.safetensors", "folder.safetensors", "unet/"),
     ("'a cat' --model {there}/torch.ckpt", "torch.ckpt", "pickle", ".safetensors"),
-    ("'a cat' --model {there}/pickle.pkl", "pickle.pkl", "pickle", ".safetensors"),
-    ("'a cat' --model {there}/cut.safetensors", "cut.safetensors", "bytes", "again"),
     ("'a cat' --model {there}/cut", "vae", "bytes", "again"),
     ("'a cat' --model {there}/json", "config.json", "JSON"),
     ("'a cat' --model {there}/speechless", "speechless", "tokenizer"),
@@ -214,14 +190,11 @@ MISTAKES: list[tuple[str, ...]] = [
     ("'a cat' --model 'a\0b'", "a", ".safetensors"),
     ("'a cat' --tokenizer nosuch", "nosuch", "tokenizer.json"),
     ("'a cat' --tokenizer {there}/empty", "empty", "vocab.json"),
-    ("'a cat' --tokenizer {there}/text.txt", "text.txt", "vocab.json"),
     ("'a cat' --tokenizer {there}/json/unet", "unet", "vocab.json"),
     ("'a cat' --tokenizer {there}/strange", "strange", "tokenizer"),
     ("'a cat' --device nonsense", "nonsense", "cpu"),
     ("'a cat' --device cuda:99", "cuda:99", "cpu"),
-    ("'a cat' --device meta", "meta", "cpu"),
     ("'a cat' --ema", "--ema", "single file"),
-    ("'a cat' --no-ema", "--no-ema", "single file"),
     # no place for the pictures
     ("'a cat' --out {there}/text.txt", "--out", "text.txt", "folder"),
     ("'a cat' --out {there}/text.txt/below", "--out", "text.txt", "folder"),
@@ -241,9 +214,7 @@ def there(tmp_path_factory: pytest.TempPathFactory) -> Path:
     (root / "text.txt").write_text("no model\n")
     (root / "empty.safetensors").touch()
     torch.save({"weight": torch.zeros(3)}, root / "torch.ckpt")
-    (root / "pickle.pkl").write_bytes(pickle.dumps({"weight": 1.0}))
     half = (EMOJI / "unet" / "diffusion_pytorch_model.safetensors").read_bytes()[:100_000]
-    (root / "cut.safetensors").write_bytes(half)
     for name in ("cut", "json", "speechless"):
         shutil.copytree(EMOJI, root / name)
     (root / "cut" / "vae" / "diffusion_pytorch_model.safetensors").write_bytes(half)

@@ -267,3 +267,11 @@ def test_words_that_the_model_does_not_know_are_named_once(toy):
     with pytest.warns(UserWarning, match="never seen dragon; it knows: .*squirrel") as warned:
         generate(toy, "a photo of a dragon, a Dragon", num_inference_steps=1)
     assert len(warned) == 1
+
+
+def test_an_edit_of_words_that_only_one_prompt_has_is_recorded(toy):
+    prompts = ["a cat riding a bicycle", "a cat riding a car", "a dog riding a bicycle"]
+    with pytest.warns(UserWarning, match="'car' does not act on"):
+        result = generate(toy, prompts, edit=WordSwap({"car": 0.4}), num_inference_steps=2)
+        again = Run.from_dict(result.run).generate(toy)
+    assert again.latents.equal(result.latents)
