@@ -245,7 +245,10 @@ class Attention(nn.Module):
     def forward(
         self, x: Tensor, context: Tensor | CachedContext | None = None, hook: Hook | None = None
     ) -> Tensor:
-        """x: b h w i·d, pixels that look at `context`, b 77 d_context, or at each other → as x"""
+        """Let pixels look at the context, or without one at each other.
+
+        x: b h w i·d, context: b 77 d_context → as x
+        """
         pixels = x.flatten(1, 2)  # b q i·d
         q = self.split_heads(self.to_q(pixels))
         if isinstance(context, CachedContext):
@@ -262,7 +265,7 @@ class Attention(nn.Module):
         return self.to_out(out.transpose(1, 2).flatten(2)).view(x.shape)
 
     def split_heads(self, t: Tensor) -> Tensor:
-        """b q i·d → b i q d"""
+        """Give each head its share of the width. t: b q i·d → b i q d"""
         return t.unflatten(-1, (self.heads, -1)).transpose(1, 2)
 
     def keys_values(self, context: Tensor) -> tuple[Tensor, Tensor]:

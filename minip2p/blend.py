@@ -1,4 +1,4 @@
-"""LocalBlend: where nothing looks at the given words, the source stays (Hertz et al. 2022, 4).
+"""LocalBlend: keep the source wherever no pixel looks at the chosen words (Hertz et al. 2022, 4).
 
 Shapes:  b prompts, row 0 the source · k 77 tokens · q pixels of the coarse feature map ·
          h w height and width of the latents
@@ -23,11 +23,11 @@ from .mask import read_mask
 
 @dataclass(frozen=True)
 class LocalBlend:
-    """Keep the source's latents outside the places that the given words look at.
+    """Keep the source's latents wherever no pixel looks at the chosen words.
 
     The mask is where the words' attention, summed over the calls so far and over the layers of the
-    coarse size, exceeds `threshold` of its maximum, in the source or in the edit; before weights,
-    so that a silenced word still has its place.
+    coarse size, exceeds `threshold` of its maximum, in the source or in the edit. Attention is read
+    before weights, so that a silenced word still has its place; google's code reads it after them.
 
     words: of the source or the edited prompt; each stands for its counterpart in the other, too.
     start: the fraction of the UNet calls after which blending starts.
@@ -69,7 +69,7 @@ class LocalBlend:
 
 
 class Blend:
-    """A LocalBlend of row `r` of a run: the sums of its words' maps, and the mask they make."""
+    """A LocalBlend of row `r` of a run, with the sums of its words' maps and the mask they make."""
 
     def __init__(
         self,
@@ -91,15 +91,20 @@ class Blend:
         else:
             self.mask = read_mask(spec.mask, latent_size).to(device)
 
+    @property
+    def acts(self) -> bool:
+        """Tell whether there is a mask, or a word that one of the two prompts has."""
+        return self.columns is None or bool(self.columns[..., 0].any())
+
     def add(self, maps: Tensor) -> None:
-        """maps: b q 2, of one layer at one UNet call."""
+        """Add the maps of one layer at one UNet call. maps: b q 2"""
         self.maps = maps if self.maps is None else self.maps + maps
 
     def __call__(self, latents: Tensor, is_last: bool) -> Tensor:
-        """x_e ← x_source + mask (x_e - x_source)"""
+        """Return the latents with x_e ← x_source + mask (x_e - x_source). latents: b 4 h w"""
         latents, mask = latents.clone(), self.where()
         latents[self.r] = torch.where(mask, latents[self.r], latents[0])
-        if is_last and not mask.any():  # asked once a run: a GPU has to be waited for
+        if is_last and not mask.any():  # only once a run: it waits for the GPU
             warnings.warn(
                 f"The blend's mask is empty, so the edit {self.text!r} is the source's picture: "
                 "try another threshold, or other words to blend or to subtract.",
@@ -108,7 +113,7 @@ class Blend:
         return latents
 
     def where(self) -> Tensor:
-        """h w, bool: where the edit may differ from the source."""
+        """Return the mask of pixels where the edit may differ from the source. → h w, bool"""
         if self.mask is not None:
             return self.mask
         assert self.maps is not None
@@ -117,18 +122,10 @@ class Blend:
         return self.above(words) & ~self.above(subtract)
 
     def above(self, maps: Tensor) -> Tensor:
-        """Where either map, source's or edit's, exceeds the threshold of its own maximum."""
+        """Return where either map, source's or edit's, exceeds its threshold. maps: 2 h w → h w"""
         maps = F.interpolate(maps[:, None], size=self.latent_size, mode="nearest")[:, 0]
         highest = maps.amax(dim=(1, 2), keepdim=True)
         return (maps > self.spec.threshold * highest).any(dim=0)
-
-
-def acts_on(spec: LocalBlend, source: Prompt, target: Prompt, alignment: Alignment) -> bool:
-    """Tell whether a blend has a mask, or a word that one of the two prompts has."""
-    positions = (alignment.carry(word, source, target) for word in spec.words)
-    return spec.mask is not None or any(
-        at_source or at_target for at_source, at_target in positions
-    )
 
 
 def word_columns(

@@ -42,7 +42,7 @@ from .align import (
     window,
 )
 from .attention import Device, Hook, Layer, Size
-from .blend import Blend, LocalBlend, acts_on
+from .blend import Blend, LocalBlend
 from .errors import check, describe, is_number
 from .linear_edit import LinearEdit, map_rows
 
@@ -265,11 +265,10 @@ def bind(
                 "and it has no weights. Give it another prompt, or a Reweight.",
                 stacklevel=2,
             )
-        blend = base(row.edit).local_blend
-        if blend and acts_on(blend, prompts[0], prompts[row.r], row.alignment):
-            hook.blends.append(
-                Blend(blend, row.r, prompts, row.alignment, latent_size, coarse, device)
-            )
+        spec = base(row.edit).local_blend
+        if spec is not None:
+            blend = Blend(spec, row.r, prompts, row.alignment, latent_size, coarse, device)
+            hook.blends += [blend] if blend.acts else []
     return hook
 
 

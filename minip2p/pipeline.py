@@ -152,12 +152,12 @@ def generate(
 
     tokens, hook = bind_edit(model, prompts, edit, (h, w))
     store = settings.as_store(store)
-    in_order = [source and source.hold_source(), hook, *hooks]
+    run_hooks = [source and source.hold_source(), hook, *hooks]
     if store is not None:
-        in_order.insert(1 if store.before_edit else len(in_order), store)
-    in_order = [one for one in in_order if one is not None]
-    for one in in_order:
-        one.begin(tokens, model.unet.coarse_size(h, w), model.device)
+        run_hooks.insert(1 if store.before_edit else len(run_hooks), store)
+    run_hooks = [run_hook for run_hook in run_hooks if run_hook is not None]
+    for run_hook in run_hooks:
+        run_hook.begin(tokens, model.unet.coarse_size(h, w), model.device)
 
     cond = text.encode(model.text_encoder, tokens)
     settings.check_finite("The text encoder's output", cond, model.dtype)
@@ -165,7 +165,7 @@ def generate(
     # A source row that is put back after each step needs no guidance.
     n = len(prompts) - (source is not None and source.hold_source() is not None)
     uncond = uncond.expand(n, -1, -1)
-    steps = denoise(model.unet, sampler, x, cond, uncond, guidance, Chain(in_order))
+    steps = denoise(model.unet, sampler, x, cond, uncond, guidance, Chain(run_hooks))
     calls = len(sampler.timesteps)
     for call, x in enumerate(tqdm(steps, total=calls, disable=not progress)):
         if callback is not None:

@@ -98,17 +98,20 @@ class DDIM:
         self.eta, self.generator = eta, generator
 
     def alpha_bar_pair(self, t: int) -> tuple[Tensor, Tensor]:
-        """ᾱ at t and at the level after it. Scalars on the CPU: they mix with any device."""
+        """Return ᾱ at t and at the level after it: CPU scalars, which mix with any device."""
         after = t - self.stride
         return self.alpha_bar[t], self.alpha_bar[after] if after >= 0 else self.last_alpha_bar
 
     def step(self, eps: Tensor, t: int, x: Tensor) -> Tensor:
-        """eps, x: b 4 h w, the predicted noise and the latent at timestep t → the next latent."""
+        """Return the latent at the next level.
+
+        eps, x: b 4 h w, the predicted noise and the latent at timestep t.
+        """
         x, sigma = self.mean_step(eps, t, x)
         return x + sigma * self.noise(t, x) if self.eta > 0 else x
 
     def mean_step(self, eps: Tensor, t: int, x: Tensor) -> tuple[Tensor, Tensor]:
-        """`step` without its new noise, and how much of it there will be: σ."""
+        """Return the latent of `step` without its new noise, and the deviation σ of that noise."""
         a_t, a_next = self.alpha_bar_pair(t)
         x_0 = (x - (1 - a_t) ** 0.5 * eps) / a_t**0.5
         # eq. 16: σ = η √((1-ᾱ_next)/(1-ᾱ_t)) √(1 - ᾱ_t/ᾱ_next)
@@ -116,13 +119,13 @@ class DDIM:
         return a_next**0.5 * x_0 + (1 - a_next - sigma**2) ** 0.5 * eps, sigma
 
     def noise(self, t: int, x: Tensor) -> Tensor:
-        """1 4 h w, of unit variance: the new noise of the step from timestep t."""
+        """Draw the new noise of the step from timestep t, of unit variance. → 1 4 h w"""
         shape = 1, *x.shape[1:]
         rng = self.generator
         return torch.randn(shape, generator=rng, dtype=torch.float32, device="cpu").to(x)
 
     def inverse_step(self, eps: Tensor, t: int, x: Tensor) -> Tensor:
-        """x: b 4 h w, the latent at the level after timestep t → the latent at t.
+        """Return the latent at timestep t. x: b 4 h w, the latent at the level after it.
 
         It is `step` of eta 0 solved for its x, so it is exact only if `eps` was predicted at the
         returned latent. Predicting it at `x` is the usual approximation (Dhariwal & Nichol 2021,
@@ -149,7 +152,10 @@ class PNDM(DDIM):
         self.first_x: Tensor | None = None  # x_T, kept from the first call for the second
 
     def step(self, eps: Tensor, t: int, x: Tensor) -> Tensor:
-        """eps, x: b 4 h w, the predicted noise and the latent at timestep t → the next latent."""
+        """Return the latent at the next level.
+
+        eps, x: b 4 h w, the predicted noise and the latent at timestep t.
+        """
         if t == self.timesteps[0]:
             self.history, self.first_x = [], x
         e = self.history
@@ -166,7 +172,7 @@ class PNDM(DDIM):
         return self._transfer(eps, t, x)
 
     def _transfer(self, eps: Tensor, t: int, x: Tensor) -> Tensor:
-        """DDIM's step with σ = 0, in the form of Liu et al. 2022, eq. 9."""
+        """Take DDIM's step with σ = 0, in the form of Liu et al. 2022, eq. 9."""
         a_t, a_next = self.alpha_bar_pair(t)
         denominator = a_t * (1 - a_next) ** 0.5 + (a_t * (1 - a_t) * a_next) ** 0.5
         return (a_next / a_t) ** 0.5 * x - (a_next - a_t) * eps / denominator

@@ -30,7 +30,7 @@ class Dims(NamedTuple):
 
 
 def timestep_embedding(t: Tensor, d: int) -> Tensor:
-    """Sinusoids of geometrically spaced frequencies, cosines first, as trained. t: b → b d"""
+    """Compute sinusoids of geometrically spaced frequencies, cosines first. t: b → b d"""
     freqs = torch.exp(
         -math.log(10000) * torch.arange(d // 2, dtype=torch.float32, device=t.device) / (d // 2)
     )
@@ -61,7 +61,7 @@ class ResnetBlock(nn.Module):
         self.conv_shortcut = nn.Conv2d(c_in, c_out, 1) if c_in != c_out else nn.Identity()
 
     def forward(self, x: Tensor, temb: Tensor | None = None) -> Tensor:
-        """x: b c_in h w, temb: b d_time → b c_out h w"""
+        """Add a residual to x. x: b c_in h w, temb: b d_time → b c_out h w"""
         h = self.conv1(F.silu(self.norm1(x)))
         if temb is not None:
             h = h + self.time_emb_proj(F.silu(temb))[:, :, None, None]
@@ -241,7 +241,7 @@ class UNet(nn.Module):
     def forward(
         self, x: Tensor, t: int | Tensor, context: Context, hook: Hook | None = None
     ) -> Tensor:
-        """x: b 4 h w,  t: one timestep or b of them,  context: b 77 d → the noise in x: b 4 h w"""
+        """Predict the noise in x. x: b 4 h w, t: one timestep or b, context: b 77 d → as x"""
         t = torch.as_tensor(t, device=x.device).reshape(-1)
         temb = self.time_embedding(timestep_embedding(t, self.conv_in.out_channels).to(x.dtype))
 

@@ -132,13 +132,14 @@ class VAE(nn.Module):
         self.f = 2 ** (len(block_out_channels) - 1)  # pixels per latent pixel, on each side
 
     def decode(self, latents: Tensor) -> Tensor:
-        """latents: b 4 h w → images in [-1, 1] or a little beyond: b 3 f·h f·w"""
+        """Decode latents, b 4 h w, to images from -1 to 1 or a little beyond. → b 3 f·h f·w"""
         return self.decoder(self.post_quant_conv(latents / self.scaling_factor))
 
     def encode(self, images: Tensor, generator: torch.Generator | None = None) -> Tensor:
-        """images in [-1, 1]: b 3 f·h f·w → latents: b 4 h w
+        """Encode images, b 3 f·h f·w from -1 to 1, as latents. → b 4 h w
 
-        The mean of the posterior; with a `generator`, a sample (Kingma & Welling 2014, eq. 9).
+        A latent is the mean of the posterior; with a `generator`, a sample (Kingma & Welling 2014,
+        eq. 9).
         """
         mean, log_variance = self.quant_conv(self.encoder(images)).chunk(2, dim=1)
         if generator is not None:
