@@ -15,7 +15,7 @@ import difflib
 import itertools
 import json
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from importlib import import_module
@@ -39,8 +39,8 @@ RUN = ["seed", "num_inference_steps", "guidance_scale", "scheduler", "eta", "hei
 SETTINGS = ["prompt", "negative_prompt", *EDIT, *SOURCE, *RUN, *ONE_FOR_ALL]
 NEED_AN_EDIT = "cross_replace_steps", "self_replace_steps", "blend"
 MAKE_AN_EDIT = "swap", "to", "reweight"
-# The keys for the settings of an edit that name words.
-KEYS = {"weights": "reweight", "local_blend": "blend", "subtract": "blend"}
+# The study's keys for the settings of an edit that name words.
+KEY_OF = {"weights": "reweight", "local_blend": "blend", "subtract": "blend"}
 
 
 class StudyRun(NamedTuple):
@@ -124,7 +124,7 @@ def label(value: Any) -> str:
     """Return a setting's value as a short text: "0.8" for [0, 0.8], "lion 0.4, others 0.8"."""
     if value is None or value in ([], {}, ""):
         return "none"
-    if isinstance(value, Mapping) and "words" in value:  # a blend
+    if isinstance(value, Mapping) and value.keys() >= {"words", "threshold"}:  # a blend
         usual = {"threshold": 0.3, "start": 0.0, "subtract": []}
         options = {name: value.get(name, v) for name, v in usual.items()}
         labels = [f"{n} {label(v)}" for n, v in options.items() if v != usual[n]]
@@ -216,7 +216,7 @@ def read_edit(settings: Settings) -> tuple[list[str], list[EditOfPrompt], list[s
     for setting, word in edit.named_words() if edit else ():
         is_known = places(prompt, word) or places(target, word)
         where = repr(prompt) if prompt == target else f"{prompt!r} or {target!r}"
-        check(is_known, f"{KEYS.get(setting, setting)}: there is no word {word!r} in {where}")
+        check(is_known, f"{KEY_OF.get(setting, setting)}: there is no word {word!r} in {where}")
     return [prompt, target], [edit], swaps
 
 
@@ -253,9 +253,8 @@ class Errors:
         """Keep the mistake that is raised. place: where it stands in the file, or ""."""
         try:
             yield
-        except (ValueError, RecursionError) as error:  # those of the parsers are ValueErrors
-            reason = "it is nested too deeply" if isinstance(error, RecursionError) else error
-            self.sentences[f"{self.path}{place}: {str(reason).rstrip('.')}."] = None
+        except UserError as error:
+            self.sentences[f"{self.path}{place}: {str(error).rstrip('.')}."] = None
 
 
 def read(path: Path) -> list[StudyRun]:
@@ -280,12 +279,22 @@ def read(path: Path) -> list[StudyRun]:
     return [StudyRun(replace(run, **common), swaps) for run, swaps in runs]
 
 
+def parse(loads: Callable[[str], Any], content: str) -> Any:
+    """Return what a parser reads. Raises UserError for what it can't read."""
+    try:
+        return loads(content)
+    except ValueError as error:
+        raise UserError(str(error)) from None
+    except RecursionError:
+        raise UserError("it is nested too deeply") from None
+
+
 def parse_jsonl(content: str, errors: Errors) -> Iterator[tuple[str, Settings]]:
     """Yield each line's place and settings."""
     for n, line in enumerate(content.split("\n"), 1):
         values = None
         with errors.at(f" line {n}"):
-            values = json.loads(line) if line.strip() else None
+            values = parse(json.loads, line) if line.strip() else None
             check(values is None or isinstance(values, dict), "a run is an object, {...}")
         if isinstance(values, dict):
             yield f" line {n}", values
@@ -295,7 +304,7 @@ def parse_toml(content: str, errors: Errors) -> Iterator[tuple[str, Settings]]:
     """Yield every combination of a table's lists; those of a [[zip]] group go side by side."""
     table: Settings = {}
     with errors.at(""):
-        table = toml_parser().loads(content)
+        table = parse(toml_parser().loads, content)
     zipped = table.pop("zip", [])
     with errors.at(""):
         is_list = isinstance(zipped, list) and all(isinstance(group, dict) for group in zipped)
