@@ -106,11 +106,13 @@ NEED_AN_EDIT = (
 
 
 def is_given(options: argparse.Namespace, name: str) -> bool:
+    """Tell whether the command gives an option a value."""
     value = getattr(options, name)
     return not (value is None or value is False or value == [])  # 0 is given
 
 
 def option_of(name: str) -> str:
+    """Return the option, "--put-back", that argparse stores under a name, "put_back"."""
     return f"--{name.replace('_', '-')}"
 
 
@@ -247,6 +249,7 @@ def check_picture_options(options: argparse.Namespace) -> None:
 
 
 def parse_source(options: argparse.Namespace) -> SourcePicture | None:
+    """Return the user's own picture with the settings of its inversion, or None."""
     if not (options.image or options.inversion):
         return None
     settings = {

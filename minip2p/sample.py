@@ -52,6 +52,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def sample(argv: Sequence[str]) -> None:
+    """Make the pictures that a command asks for, and write their files."""
     options = make_parser().parse_args(argv)
     original = read_original(options) if options.repeat else None
     run = original.run if original else make_run(options)
@@ -138,9 +139,8 @@ class Original:
     name: str  # its file was written under
 
 
-BESIDE_REPEAT = ("repeat", "out", "preview", "explain", "image", "inversion", "maps", "html")
-BESIDE_REPEAT += ("device",)
-LOOKS = ("maps", "put_back", "fast")  # options that are repeated, but are no part of a Run
+BESIDE_REPEAT = ["out", "preview", "explain", "image", "inversion", "maps", "html", "device"]
+EXTRAS = ["maps", "put_back", "fast"]  # options that are repeated, but are no part of a Run
 
 
 def read_original(options: argparse.Namespace) -> Original:
@@ -150,16 +150,18 @@ def read_original(options: argparse.Namespace) -> Original:
     Raises UserError for a picture without a run, and for options that would change the run.
     """
     changes = [name for name in vars(options) if is_given(options, name)]
-    changes = [option_of(name) for name in changes if name not in (*BESIDE_REPEAT, "prompt")]
+    allowed = [*BESIDE_REPEAT, "repeat", "prompt"]
+    changes = [option_of(name) for name in changes if name not in allowed]
     changes += ["a prompt"] if options.prompt is not None else []
     check(
         not changes,
         f"--repeat makes a picture's run as it was: leave out {', '.join(changes)}; beside it "
-        f"there can be {', '.join(map(option_of, BESIDE_REPEAT[1:]))}.",
+        f"there can be {', '.join(map(option_of, BESIDE_REPEAT))}.",
     )
     image, texts = read_png(options.repeat)
-    run, looks = read_record(options.repeat, texts)
-    has_picture = bool(options.image or options.inversion)
+    run, extras = read_record(options.repeat, texts)
+    has_inversion = options.inversion is not None and options.inversion.exists()
+    has_picture = options.image is not None or has_inversion
     check(
         has_picture or not run.source,
         f"{options.repeat} was made from a picture, which is not in it: add --image FILE.",
@@ -169,20 +171,20 @@ def read_original(options: argparse.Namespace) -> Original:
         f"{options.repeat} was made without a picture: leave out --image and --inversion.",
     )
     check(
-        options.image or not looks["put_back"],
+        options.image or not extras["put_back"],
         f"{options.repeat} belongs to edits that were put back: add --image FILE.",
     )
     if run.source:
         run = replace(run, source=replace(run.source, image=options.image and str(options.image)))
-    for name in LOOKS:
-        setattr(options, name, getattr(options, name) or looks[name])
-    if looks["html"] and not options.html:
-        options.html = options.out / Path(looks["html"]).name
+    for name in EXTRAS:
+        setattr(options, name, getattr(options, name) or extras[name])
+    if extras["html"] and not options.html:
+        options.html = options.out / Path(extras["html"]).name
     return Original(run, image, texts.get("file", ""))
 
 
 def read_record(path: Path, texts: dict[str, str]) -> tuple[Run, dict[str, Any]]:
-    """Return the run in a picture's metadata, and the options of LOOKS and html."""
+    """Return the run in a picture's metadata, and the options of EXTRAS and html."""
     if "run" not in texts and "command" not in texts:
         raise UserError(
             f"{path} does not say how it was made: --repeat takes a picture that minip2p's command "
@@ -190,7 +192,7 @@ def read_record(path: Path, texts: dict[str, str]) -> tuple[Run, dict[str, Any]]
         )
     try:
         if "run" in texts:
-            looks = json.loads(texts.get("options", "{}"))
+            extras = json.loads(texts.get("options", "{}"))
             run = Run.from_dict(json.loads(texts["run"]))
         else:  # of the second edition: its command, as a list of words
             words = json.loads(texts["command"])
@@ -200,15 +202,15 @@ def read_record(path: Path, texts: dict[str, str]) -> tuple[Run, dict[str, Any]]
             parser = make_parser()
             recorded = parser.parse_args(words)
             run = make_run(recorded)
-            looks = vars(recorded) | {"html": recorded.html and str(recorded.html)}
-        looks = {name: looks.get(name) or None for name in (*LOOKS, "html")}
-        check(isinstance(looks["html"], str | None), "html is no name")
+            extras = vars(recorded) | {"html": recorded.html and str(recorded.html)}
+        extras = {name: extras.get(name) or None for name in (*EXTRAS, "html")}
+        check(isinstance(extras["html"], str | None), "html is no name")
     except (ValueError, AttributeError, RecursionError) as error:
         raise UserError(
             f"{path} can't be repeated: its metadata is damaged, or another version of minip2p "
             f"wrote it ({str(error).rstrip('.')[:200]})."
         ) from None
-    return run, looks
+    return run, extras
 
 
 # --- from a run to files --------------------------------------------------------------------------
@@ -230,6 +232,7 @@ def check_files(options: argparse.Namespace, run: Run) -> None:
 
 
 def load_model(options: argparse.Namespace, run: Run) -> StableDiffusion:
+    """Load the model of a run, prepared for the device that it runs on."""
     dtype = getattr(torch, run.dtype)
     loading = {"tokenizer": run.tokenizer, "device": options.device, "ema": run.ema}
     model = load(run.model, dtype=dtype, **loading)
@@ -241,6 +244,7 @@ def load_model(options: argparse.Namespace, run: Run) -> StableDiffusion:
 
 
 def explain_run(model: StableDiffusion, run: Run) -> str:
+    """Return the tables that --explain prints. No picture is inverted for them."""
     run = run.resolved(defaults_of(model))
     steps: dict[str, Any] = {
         "num_inference_steps": run.num_inference_steps,
@@ -274,10 +278,10 @@ def write(result: Result, run: Run, options: argparse.Namespace) -> dict[str, Im
     outputs = name_outputs(run)
     if run.source:  # the name of the user's file is nobody's business
         run = replace(run, source=replace(run.source, image="PICTURE"))
-    command = quoted(run.command(*(option_of(name) for name in LOOKS if is_given(options, name))))
-    looks = {name: bool(getattr(options, name)) for name in LOOKS}
-    looks["html"] = options.html and options.html.name
-    texts = {"command": command, "run": record_of(run), "options": looks}
+    command = quoted(run.command(*(option_of(name) for name in EXTRAS if is_given(options, name))))
+    extras = {name: bool(getattr(options, name)) for name in EXTRAS}
+    extras["html"] = options.html and options.html.name
+    texts = {"command": command, "run": record_of(run), "options": extras}
 
     pictures = {}
     for i, (image, output) in enumerate(zip(result.images, outputs, strict=True)):

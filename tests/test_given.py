@@ -9,6 +9,7 @@ from PIL import Image
 from test_cli import Program, contents, wrote
 
 from minip2p import Inversion, sample, show
+from minip2p.options import make_parser
 from world.scenes import Scene, draw
 
 BIRD = "a photo of a bird"
@@ -95,6 +96,13 @@ def test_an_inversion_is_kept_and_used(run: Program, bird: str, options: list[st
     assert with_picture.status == 0
     with Image.open("third/edit-1-put-back.png") as back:
         assert back.size == (160, 120)
+
+
+def test_a_tilde_is_the_home_folder(monkeypatch, tmp_path: Path):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    for option in ("image", "out", "html", "preview", "inversion", "repeat"):
+        options = make_parser().parse_args(["x", f"--{option}", "~/a"])
+        assert getattr(options, option) == tmp_path / "a"
 
 
 def test_without_an_edit(run: Program, bird: str):
