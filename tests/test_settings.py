@@ -4,7 +4,6 @@ import subprocess
 import sys
 import warnings
 
-import models
 import numpy as np
 import pytest
 import torch
@@ -24,40 +23,33 @@ from minip2p import (
 CAT, DOG = "a photo of a cat", "a photo of a dog"
 
 
-# --- what is taken -------------------------------------------------------------------------------
+# --- values of other libraries -------------------------------------------------------------------
 
 
-def test_prompts_in_any_sequence(model):
-    wanted = generate(model, [CAT, DOG], num_inference_steps=1)
+def test_prompts_in_any_sequence(toy):
+    expected = generate(toy, [CAT, DOG], num_inference_steps=1)
     for prompts in ((CAT, DOG), np.array([CAT, DOG]), np.array([CAT, DOG], dtype=object)):
-        found = generate(model, prompts, num_inference_steps=1)
-        assert found.latents.equal(wanted.latents)
-        assert found.run == wanted.run
-        assert [type(prompt) for prompt in found.run["prompts"]] == [str, str]
-    assert generate(model, np.array(CAT), num_inference_steps=1).run["prompts"] == [CAT]
+        result = generate(toy, prompts, num_inference_steps=1)
+        assert result.latents.equal(expected.latents) and result.run == expected.run
+        assert [type(prompt) for prompt in result.run["prompts"]] == [str, str]
+    assert generate(toy, np.array(CAT), num_inference_steps=1).run["prompts"] == [CAT]
 
 
 @pytest.mark.parametrize("dtype", [np.float16, np.float32, np.float64, ">f4"])
-def test_latents_of_numpy(model, dtype):
+def test_latents_of_numpy(toy, dtype):
     noise = np.random.default_rng(0).standard_normal((1, 4, 16, 16)).astype(dtype)
-    noise.flags.writeable = False  # of which torch warns
+    noise.flags.writeable = False  # torch warns of that
+    tensor = torch.tensor(noise.astype(np.float32))
+    before = tensor.clone()
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        found = generate(model, CAT, latents=noise, num_inference_steps=2)
-    wanted = torch.tensor(noise.astype(np.float32))
-    wanted = generate(model, CAT, latents=wanted, num_inference_steps=2)
-    assert found.latents.equal(wanted.latents)
+        result = generate(toy, CAT, latents=noise, num_inference_steps=1)
+    assert result.latents.equal(generate(toy, CAT, latents=tensor, num_inference_steps=1).latents)
+    assert tensor.equal(before)
 
 
-def test_given_latents_are_left_alone(model):
-    noise = torch.randn(1, 4, 16, 16)
-    before = noise.clone()
-    generate(model, CAT, latents=noise, num_inference_steps=1)
-    assert noise.equal(before)
-
-
-def test_numbers_of_numpy(model):
-    given = {
+def test_numbers_of_numpy(toy):
+    numbers = {
         "num_inference_steps": 2,
         "guidance_scale": 3.5,
         "seed": 7,
@@ -65,40 +57,35 @@ def test_numbers_of_numpy(model):
         "width": 32,
         "eta": 0.5,
     }
-    numpys = {
+    of_numpy = {
         name: (np.float32 if isinstance(value, float) else np.int64)(value)
-        for name, value in given.items()
+        for name, value in numbers.items()
     }
-    wanted = generate(model, CAT, scheduler="ddim", **given)
-    found = generate(model, CAT, scheduler="ddim", **numpys)
-    assert found.latents.equal(wanted.latents)
-    assert repr(found.run) == repr(wanted.run)
-    assert {name: found.run[name] for name in given} == given
-    assert "np." not in repr(found.run)
+    expected = generate(toy, CAT, scheduler="ddim", **numbers)
+    result = generate(toy, CAT, scheduler="ddim", **of_numpy)
+    assert result.latents.equal(expected.latents)
+    assert repr(result.run) == repr(expected.run) and "np." not in repr(result.run)
+    assert {name: result.run[name] for name in numbers} == numbers
 
 
 # --- callback ------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("scheduler, calls", [("ddim", 3), ("pndm", 4)])
-def test_callback_sees_every_call(model, scheduler, calls):
+def test_callback_sees_every_call(toy, scheduler, calls):
     seen = []
 
-    def callback(*args: object) -> None:
-        seen.append(args)
-        args[2].zero_()  # a copy: the run goes on with its own
+    def callback(call: int, calls: int, latents: torch.Tensor) -> None:
+        seen.append((call, calls, latents.clone(), latents.is_inference()))
+        latents.zero_()  # a copy: the run goes on with its own
 
     run = {"edit": "auto", "num_inference_steps": 3, "scheduler": scheduler}
-    wanted = generate(model, [CAT, DOG], **run)
-    found = generate(model, [CAT, DOG], callback=callback, **run)
-    assert [args[:2] for args in seen] == [(n, calls) for n in range(calls)]
-    assert all(args[2].shape == (2, 4, 16, 16) for args in seen)
-    assert found.latents.equal(wanted.latents)
-
-    last = []
-    generate(model, [CAT, DOG], callback=lambda call, calls, x: last.append(x), **run)
-    assert last[-1].equal(wanted.latents)
-    assert not last[-1].is_inference()  # a usual tensor, to do anything with
+    expected = generate(toy, [CAT, DOG], **run)
+    result = generate(toy, [CAT, DOG], callback=callback, **run)
+    assert [arguments[:2] for arguments in seen] == [(n, calls) for n in range(calls)]
+    assert all(latents.shape == (2, 4, 16, 16) for _, _, latents, _ in seen)
+    assert seen[-1][2].equal(expected.latents) and result.latents.equal(expected.latents)
+    assert not seen[-1][3]  # a usual tensor, to do anything with
 
 
 class TooLate(BaseException):
@@ -106,19 +93,19 @@ class TooLate(BaseException):
 
 
 @pytest.mark.parametrize("error", [TooLate, KeyboardInterrupt, ValueError, StopIteration])
-def test_what_a_callback_raises_ends_the_run(model, error):
-    wanted = generate(model, [CAT, DOG], edit=WordSwap(), num_inference_steps=2)
+def test_an_error_in_a_callback_ends_the_run(toy, error):
+    run = {"edit": WordSwap(), "num_inference_steps": 2}
+    expected = generate(toy, [CAT, DOG], **run)
     raised, calls = error("enough"), []
 
     def callback(call: int, *_: object) -> None:
         calls.append(call)
         raise raised
 
-    with pytest.raises(error) as found:
-        generate(model, [CAT, DOG], edit=WordSwap(), num_inference_steps=2, callback=callback)
-    assert found.value is raised and calls == [0]
-    again = generate(model, [CAT, DOG], edit=WordSwap(), num_inference_steps=2)
-    assert again.latents.equal(wanted.latents)  # nothing had to be undone
+    with pytest.raises(error) as caught:
+        generate(toy, [CAT, DOG], callback=callback, **run)
+    assert caught.value is raised and calls == [0]
+    assert generate(toy, [CAT, DOG], **run).latents.equal(expected.latents)  # nothing to undo
 
 
 # --- numbers that end ----------------------------------------------------------------------------
@@ -134,45 +121,29 @@ class Spoil(minip2p.Hook):
         return latents
 
 
-@pytest.mark.parametrize("value, said", [(torch.nan, "nan"), (-torch.inf, "infinite|nan")])
-def test_latents_that_end(model, value, said):
-    with pytest.raises(ValueError, match=f"The latents became ({said}) in float32: try another"):
-        generate(model, [CAT, DOG], hooks=[Spoil(value)], num_inference_steps=1)
-    with pytest.raises(ValueError, match="The latents became nan"):
-        generate(model, CAT, hooks=[Spoil(value)], num_inference_steps=2, scheduler="pndm")
+@pytest.mark.parametrize("value, name", [(torch.nan, "nan"), (-torch.inf, "infinite|nan")])
+def test_latents_that_end(toy, value, name):
+    hooks = [Spoil(value)]
+    with pytest.raises(minip2p.UserError, match=f"latents became ({name}) in float32: try another"):
+        generate(toy, [CAT, DOG], hooks=hooks, num_inference_steps=1)
+    with pytest.raises(minip2p.UserError, match="The latents became nan"):
+        generate(toy, CAT, hooks=hooks, num_inference_steps=2, scheduler="pndm")
 
 
 # --- the source, alone and beside edits ----------------------------------------------------------
 
 
-@pytest.fixture(scope="module")
-def narrow(tmp_path_factory) -> minip2p.StableDiffusion:
-    """SD's four levels, narrow, with random weights: at 64 pixels some products are very small."""
-    folder = tmp_path_factory.mktemp("narrow")
-    return minip2p.load(models.make_layouts(folder)["diffusers"], device="cpu")
-
-
-@pytest.mark.parametrize("which", ["model", "narrow"])
-@pytest.mark.parametrize(
-    "prompts, edit",
-    [
-        ([DOG], WordSwap()),
-        ([DOG], None),
-        ([CAT, DOG, DOG], [Reweight({"cat": 2.0}), WordSwap(local_blend=LocalBlend("dog")), None]),
-    ],
-    ids=["swap", "without control", "three"],
-)
-def test_the_source_is_the_same_beside_edits(request, which, prompts, edit):
+@pytest.mark.parametrize("name", ["model", "toy"])
+def test_the_source_is_the_same_beside_edits(request, name):
     """As far as the libraries' kernels are the same for another number of rows."""
-    model = request.getfixturevalue(which)
-    run = {"num_inference_steps": 10, "height": 64, "width": 64}
+    model = request.getfixturevalue(name)
+    run = {"num_inference_steps": 5, "height": 64, "width": 64}
+    edit = [Reweight({"cat": 2.0}), WordSwap(local_blend=LocalBlend("dog")), None]
     alone = generate(model, CAT, **run)
-    beside = generate(model, [CAT, *prompts], edit=edit, **run)
-    off = (beside.latents[0] - alone.latents[0]).abs().max() / alone.latents.abs().max()
+    beside = generate(model, [CAT, CAT, DOG, DOG], edit=edit, **run)
+    error = (beside.latents[0] - alone.latents[0]).abs().max() / alone.latents.abs().max()
     pixels = [np.asarray(result.images[0], int) for result in (alone, beside)]
-    print(f"{which}: {off:.1e} relative, {abs(pixels[0] - pixels[1]).max()} of 255")
-    assert off < 3e-5
-    assert abs(pixels[0] - pixels[1]).max() <= 1
+    assert error < 3e-5 and abs(pixels[0] - pixels[1]).max() <= 1
     assert not beside.latents[-1].allclose(alone.latents[0], atol=0.1)
 
 
