@@ -111,4 +111,12 @@ def explain(
     _, hook = bind_edit(model, list_of(prompts), edit, size)
     if hook is None:
         raise UserError("There is no edit to explain: give a WordSwap, Refine or Reweight.")
-    return table(hook, len(make_scheduler(model, num_inference_steps, scheduler).timesteps))
+    sampler = make_scheduler(model, num_inference_steps, scheduler)
+    calls, skip = len(sampler.timesteps), getattr(sampler, "skip", 0)
+    note = (
+        f"
+
+The first {skip} of {skip + calls} steps are skipped: windows are fractions of the "
+        f"{calls} calls that are left."
+    )
+    return table(hook, calls) + (note if skip else "")

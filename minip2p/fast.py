@@ -203,6 +203,7 @@ def prepare(unet: nn.Module) -> nn.Module:
     for parent in list(unet.modules()):
         for name, layer in list(parent.named_children()):
             setattr(parent, name, faster(layer))
+    unet.is_packed = True  # type: ignore[assignment]  # for StableDiffusion.identity
     return unet
 
 

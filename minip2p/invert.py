@@ -1,15 +1,15 @@
-"""A given picture becomes the source of edits: the way from noise to it is found, step by step.
+"""Invert a picture: find the latents that lead from noise to it, so that edits can start from it.
 
-    found = invert(model, "bird.png", "a photo of a bird")
-    generate(model, ["a photo of a bird", "a photo of a lion"], source=found, edit="auto")
+    source = invert(model, "bird.png", "a photo of a bird")
+    generate(model, ["a photo of a bird", "a photo of a lion"], source=source, edit="auto")
 
-direct          DDIM backwards, without guidance (Song et al. 2021, section 4.3). With guidance the
+direct          DDIM backwards without guidance (Song et al. 2021, section 4.3). With guidance the
                 way forward leads elsewhere, so row 0 is put back on its trajectory after each step
-                (Ju et al. 2024): it is the picture, to the bit, whatever the edits do
-edit-friendly   every level is the picture with noise of its own, and what leads from one to the
-                next is the new noise of DDPM's step, in every row (Huberman-Spiegelglas et al.
-                2024); row 0 is put back as well
-ddim            as direct, but nothing is put back: shows what guidance does to an inversion
+                (Ju et al. 2024): it stays the picture, to the bit, whatever the edits do
+edit-friendly   the latent at every level is the picture with independent noise, and each step of
+                DDPM gets the new noise that leads from one level to the next, in every row
+                (Huberman-Spiegelglas et al. 2024); row 0 is put back as well
+ddim            as direct, but nothing is put back: it shows what guidance does to an inversion
 
 Shapes:  n UNet calls · h w height and width of the latents · H W of the picture
 """
@@ -18,6 +18,7 @@ from __future__ import annotations
 
 import itertools
 import os
+import re
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
@@ -38,41 +39,44 @@ from .vae import to_images
 from .weights import StableDiffusion
 
 METHODS = ("direct", "edit-friendly", "ddim")
-KIND = "inversion"  # what a file says it is
+KIND = "inversion"  # the kind of a saved file
 
 Predict = Callable[[Tensor, int], Tensor]  # (x: 1 4 h w, timestep) → the noise in it
 
 
 @dataclass(frozen=True, eq=False)
 class Inversion:
-    """A picture and the way to it, for generate(source=...): found once, edited many times."""
+    """A picture with its trajectory, for generate(source=...): inverted once, edited many times.
+
+    It belongs to one model: the same weights, tokenizer and noise schedule. The precision counts
+    as well, since a model in half precision predicts other noise: invert in the one you edit in.
+    """
 
     trajectory: Tensor  # n+1 4 h w, float32 on the CPU: from noise to the picture's latent
-    noises: Tensor | None  # n 4 h w: the new noise of every step, or none
-    picture: Picture  # as it was given
-    reconstruction: Image.Image  # as the VAE draws it: no edit keeps more
-    settings: dict[str, Any]  # what repeats it
-    model: Tensor = field(repr=False)  # whose it is: see `fingerprint`
+    noises: Tensor | None  # n 4 h w: the new noise of every step of "edit-friendly"
+    picture: Picture
+    reconstruction: Image.Image  # the picture as the VAE draws it: no edit is closer to it
+    settings: dict[str, Any]  # the arguments of `invert`
+    model: str = field(repr=False)  # StableDiffusion.identity()
 
     def start(self, model: StableDiffusion) -> tuple[Tensor, DDIM]:
-        """The noise of a run, 1 4 h w, and the scheduler that leads along the trajectory."""
+        """Return the noise of a run, 1 4 h w, and the scheduler that follows the trajectory."""
         steps, skip = self.settings["num_inference_steps"], self.settings["skip"]
         return self.trajectory[:1], ReplayDDIM(steps, skip, self.noises, **model.schedule)
 
     def hold_source(self) -> Hook | None:
-        """Return the hook that holds row 0 on the trajectory. None: its noise leads it."""
+        """Return the hook that holds row 0 on the trajectory; None for the method "ddim"."""
         return None if self.settings["method"] == "ddim" else HoldSource(self.trajectory[1:])
 
     def check(self, model: StableDiffusion, prompts: list[str], **arguments: Any) -> None:
         """Raise UserError unless a run of the prompts can start from this picture.
 
-        arguments: what else generate was given that the source decides; None and 0 ask for nothing.
+        arguments: others of `generate` that the source decides; None and 0 are always right.
         """
-        numbers = fingerprint(model)
-        is_same = numbers.shape == self.model.shape and numbers.allclose(self.model, 0.005, 1e-6)
         check(
-            is_same,
-            "The source was inverted with another model: invert the picture with this one.",
+            self.model == model.identity(),
+            "The source was inverted with another model, noise schedule or precision: invert the "
+            "picture with this model.",
         )
         check(
             prompts[0] == self.settings["prompt"],
@@ -91,32 +95,46 @@ class Inversion:
                 )
 
     def save(self, path: str | os.PathLike[str]) -> None:
-        """Write it as safetensors. Of the picture, what the model saw."""
-        images = {"given": self.picture.image, "reconstruction": self.reconstruction}
+        """Write it as safetensors, with the picture as the model saw it, not the whole of it.
+
+        Raises UserError if the file can't be written.
+        """
+        images = {"picture": self.picture.image, "reconstruction": self.reconstruction}
         tensors = {name: torch.from_numpy(np.array(i)) for name, i in images.items()}  # H W 3
-        tensors |= {"trajectory": self.trajectory, "model": self.model}
+        tensors["trajectory"] = self.trajectory
         if self.noises is not None:
             tensors["noises"] = self.noises
-        saved.write(path, KIND, self.settings, tensors)
+        saved.write(path, KIND, {"model": self.model, "settings": self.settings}, tensors)
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> Inversion:
-        """What `save` wrote. Raises ValueError for anything else."""
-        settings, tensors = saved.read(path, KIND)
-        given, drawn = (
-            Image.fromarray(tensors[name].numpy()) for name in ("given", "reconstruction")
+        """Read a file that `save` wrote. Raises UserError for any other or a damaged file."""
+        content, tensors = saved.read(path, KIND)
+        check(
+            "model" not in tensors,
+            f"{path} is of an earlier version of minip2p, which did not record the model exactly: "
+            "invert the picture again.",
         )
-        whole = picture.read(given, given.size[::-1])
-        parts = tensors["trajectory"], tensors.get("noises"), whole, drawn
-        return cls(*parts, settings, tensors["model"])
+        try:
+            model, settings = content["model"], content["settings"]
+            check_settings(settings)
+            is_sound = re.fullmatch("[0-9a-f]{16}", model) and fits(settings, tensors)
+        except (KeyError, TypeError, ValueError):
+            is_sound = False
+        check(is_sound, f"{path} is damaged: invert the picture again.")
+        seen, drawn = (
+            Image.fromarray(tensors[name].numpy()) for name in ("picture", "reconstruction")
+        )
+        whole = picture.read(seen, (settings["height"], settings["width"]))
+        return cls(tensors["trajectory"], tensors.get("noises"), whole, drawn, settings, model)
 
 
 class ReplayDDIM(DDIM):
-    """DDIM on the way of an inversion: without the steps it skipped, with the noises it found."""
+    """DDIM along a trajectory: without the skipped steps, with the noises of the inversion."""
 
     def __init__(self, steps: int, skip: int = 0, noises: Tensor | None = None, **schedule: Any):
         super().__init__(steps, eta=0.0 if noises is None else 1.0, **schedule)
-        self.timesteps, self.noises = self.timesteps[skip:], noises
+        self.timesteps, self.skip, self.noises = self.timesteps[skip:], skip, noises
 
     def noise(self, t: int, x: Tensor) -> Tensor:
         assert self.noises is not None  # or eta is 0
@@ -125,9 +143,9 @@ class ReplayDDIM(DDIM):
 
 @dataclass(frozen=True, eq=False)
 class HoldSource(Hook):
-    """Puts row 0 back on its trajectory after every step, before a blend reads it."""
+    """Put row 0 back on its trajectory after every step, before a blend reads it."""
 
-    ahead: Tensor  # n 4 h w: where row 0 is after this call, and after each that is to come
+    ahead: Tensor  # n 4 h w: row 0 after this call and after each later one
 
     def at(self, call: int, calls: int, timestep: int) -> Hook:
         return HoldSource(self.ahead[call:])
@@ -139,7 +157,7 @@ class HoldSource(Hook):
         return torch.cat([self.ahead[:1].to(latents), latents[1:]])
 
 
-# ---- Finding the way -----------------------------------------------------------------------------
+# ---- The inversion -------------------------------------------------------------------------------
 
 
 @torch.no_grad()
@@ -160,22 +178,29 @@ def invert(
     callback: Callable[[int, int, Tensor], object] | None = None,
     progress: bool = False,
 ) -> Inversion:
-    """Find the way from noise to a picture that `prompt` describes.
+    """Invert a picture that `prompt` describes.
 
-    image: the path of a file, a PIL image, an array or a tensor, as picture.read takes it; `fit`
-    too. height, width: of what the model sees, in pixels; None is the model's own size.
-    method: one of those above. Steps are DDIM's whatever the model's scheduler: PNDM's depend on
-    the steps before, and can't be taken backwards.
-    guidance_scale: of the inversion. None is none, 1; with "edit-friendly" what the model
-    recommends, and the edits should have the same.
-    skip: how many of the first, noisiest steps are left out: less edit, closer to the picture.
-    refinements: how often a step of DDIM is repeated, with the noise predicted of its own result
-    (Pan et al. 2023). Nothing but "ddim" needs it.
-    seed: of the noises that "edit-friendly" draws.
+    image, fit: the picture and how it is made the model's size: see picture.read. height, width:
+    of what the model sees, in pixels; None is the model's own size.
+    num_inference_steps: of DDIM, whatever the model's scheduler is: a step of PNDM depends on the
+    steps before it and can't be inverted. method: one of the above.
+    guidance_scale: of the inversion alone; `generate` has the edit's. None is 1, no guidance, and
+    for "edit-friendly" what the model recommends. Its authors invert with 3.5 and edit with 15, or
+    with 9 under Prompt-to-Prompt; PIE-Bench's comparison inverts with 1 and edits with 7.5.
+    skip: the number of first, noisiest steps to leave out: a weaker edit, closer to the picture.
+    Windows of an edit are fractions of the UNet calls that a run makes, here of those that are
+    left, so that 1 always means all of them. The authors of "edit-friendly" count fractions of all
+    n steps from the first call made: their f is min(1, f n / (n - skip)) here.
+    refinements: how often a step of DDIM is repeated, with the noise predicted at its own result
+    (Pan et al. 2023). Only "ddim" needs them.
+    seed: of the noise that "edit-friendly" draws.
     callback: gets call (from 0), calls, and the latents, 1 4 h w, after each UNet call.
-    Raises ValueError for a picture or a setting that does not fit.
+    progress: show a bar.
+    Raises UserError for a picture or a setting that does not fit.
     """
-    scheduler = make_scheduler(model, num_inference_steps, "ddim")
+    eta = 1.0 if method == "edit-friendly" else 0.0
+    scheduler = make_scheduler(model, num_inference_steps, "ddim", eta)
+    assert isinstance(scheduler, DDIM)
     h, w = latent_size(model, height, width, None)
     settings = {
         "method": method,
@@ -193,9 +218,9 @@ def invert(
         settings["guidance_scale"] = choose(model, "guidance_scale", guidance_scale)
     check_settings(settings)
     settings = {k: v.item() if hasattr(v, "item") else v for k, v in settings.items()}  # numpy's
-    given = picture.read(image, (settings["height"], settings["width"]), fit)
+    source = picture.read(image, (settings["height"], settings["width"]), fit)
 
-    clean = model.vae.encode(given.tensor().to(model.device))  # 1 4 h w
+    clean = model.vae.encode(source.tensor().to(model.device))  # 1 4 h w
     levels = scheduler.timesteps[skip:]
     calls = len(levels) * (1 + refinements)
     call = itertools.count()
@@ -208,16 +233,13 @@ def invert(
 
         predict = predictor(model, prompt, settings["guidance_scale"], after_call)
         if method == "edit-friendly":
-            scheduler.eta = 1.0
             trajectory, noises = edit_friendly_noises(predict, scheduler, levels, clean, seed)
         else:
-            trajectory, noises = (
-                ddim_inversion(predict, scheduler, levels, clean, refinements),
-                None,
-            )
+            trajectory = ddim_inversion(predict, scheduler, levels, clean, refinements)
+            noises = None
     check_finite("The inversion", trajectory if noises is None else noises, model.dtype)
     drawn = to_images(model.vae.decode(clean))[0]
-    return Inversion(trajectory, noises, given, drawn, settings, fingerprint(model))
+    return Inversion(trajectory, noises, source, drawn, settings, model.identity())
 
 
 def predictor(
@@ -228,11 +250,11 @@ def predictor(
     after_call: gets the latent after each UNet call.
     """
     prompts = [prompt] if guidance == 1 else [prompt, ""]
-    words = text.encode(model.text_encoder, [text.tokenize(model.tokenizer, p) for p in prompts])
-    context = CachedContext(words)
+    cond = text.encode(model.text_encoder, [text.tokenize(model.tokenizer, p) for p in prompts])
+    context = CachedContext(cond)
 
     def predict(x: Tensor, t: int) -> Tensor:
-        rows = x.to(words.dtype).expand(len(words), -1, -1, -1)
+        rows = x.to(cond.dtype).expand(len(cond), -1, -1, -1)
         eps = model.unet(rows, torch.as_tensor(t, device="cpu"), context).float()
         after_call(x)
         # classifier-free guidance, Ho & Salimans 2021, eq. 6; without it, the only row
@@ -244,7 +266,7 @@ def predictor(
 def ddim_inversion(
     predict: Predict, scheduler: DDIM, levels: list[int], clean: Tensor, refinements: int = 0
 ) -> Tensor:
-    """DDIM's inverse steps from the clean latent up through the levels. → n+1 4 h w"""
+    """Take DDIM's inverse steps from the clean latent up through the levels. → n+1 4 h w"""
     trajectory = [clean]
     for t in reversed(levels):
         x = trajectory[-1]
@@ -257,9 +279,9 @@ def ddim_inversion(
 def edit_friendly_noises(
     predict: Predict, scheduler: DDIM, levels: list[int], clean: Tensor, seed: int
 ) -> tuple[Tensor, Tensor]:
-    """A latent at every level, n+1 4 h w, and the new noises that lead from each to the next.
+    """Return a latent at every level, n+1 4 h w, and the new noise of each step, n 4 h w.
 
-    x_t = √ᾱ_t x_0 + √(1-ᾱ_t) noise_t      each noise its own (Huberman-Spiegelglas, eq. 6)
+    x_t = √ᾱ_t x_0 + √(1-ᾱ_t) noise_t      independent noises (Huberman-Spiegelglas, eq. 6)
     z_t = (x_next - mean(x_t)) / σ_t       eq. 5
     """
     rng = torch.Generator().manual_seed(int(seed))
@@ -276,24 +298,28 @@ def edit_friendly_noises(
     return trajectory.cpu(), torch.cat(noises).cpu()
 
 
-# ---- What fits together --------------------------------------------------------------------------
+# ---- Checks --------------------------------------------------------------------------------------
 
 
 def check_settings(settings: dict[str, Any]) -> None:
-    """Raises ValueError for the first that makes no sense."""
+    """Raise UserError for the first setting that makes no sense."""
     method, prompt, guidance = (settings[k] for k in ("method", "prompt", "guidance_scale"))
     check(method in METHODS, f"The method is one of {', '.join(METHODS)}, not {method!r}.")
     check(isinstance(prompt, str), f"The prompt is one string, not {describe(prompt)}.")
     check(is_number(guidance), f"The guidance scale must be a finite number, not {guidance!r}.")
-    for name, most in (
-        ("seed", 2**63),
-        ("skip", settings["num_inference_steps"]),
-        ("refinements", 100),
+    steps = settings["num_inference_steps"]
+    for name, low, end in (
+        ("num_inference_steps", 1, 10**6),
+        ("skip", 0, steps),
+        ("refinements", 0, 100),
+        ("seed", 0, 2**63),
+        ("height", 1, 10**6),
+        ("width", 1, 10**6),
     ):
         value = settings[name]
         check(
-            is_whole(value) and 0 <= value < most,
-            f"{name} must be a whole number from 0 to {most - 1}, not {value!r}.",
+            is_whole(value) and low <= value < end,
+            f"{name} must be a whole number from {low} to {end - 1}, not {value!r}.",
         )
     check(
         method != "edit-friendly" or not settings["refinements"],
@@ -301,9 +327,24 @@ def check_settings(settings: dict[str, Any]) -> None:
     )
 
 
-def fingerprint(model: StableDiffusion) -> Tensor:
-    """The first number of every bias: of one model the same on any device and nearly the same in
-    any precision; another training changes it."""
-    parts = model.text_encoder, model.unet, model.vae
-    biases = (p for part in parts for name, p in part.named_parameters() if name.endswith("bias"))
-    return torch.stack([bias.detach().flatten()[0].float() for bias in biases]).cpu()
+def fits(settings: dict[str, Any], tensors: dict[str, Tensor]) -> bool:
+    """Tell whether the tensors of a file are those of an inversion with `settings`."""
+    height, width = settings["height"], settings["width"]
+    n = settings["num_inference_steps"] - settings["skip"]
+    h, w = tensors["trajectory"].shape[2:]
+    image, latents = ((height, width, 3), torch.uint8), torch.float32
+    expected = {
+        "picture": image,
+        "reconstruction": image,
+        "trajectory": ((n + 1, 4, h, w), latents),
+    }
+    if settings["method"] == "edit-friendly":
+        expected["noises"] = (n, 4, h, w), latents
+    return (
+        settings["fit"] in picture.FITS
+        and len(settings) == 10  # all of which are checked
+        and {name: (tuple(t.shape), t.dtype) for name, t in tensors.items()} == expected
+        and min(h, w) > 0
+        and (height % h, width % w, height * w) == (0, 0, width * h)
+        and all(bool(t.isfinite().all()) for t in tensors.values())
+    )

@@ -239,6 +239,8 @@ def load_model(options: argparse.Namespace, run: Run) -> StableDiffusion:
     if model.device.type == "cpu":
         fast.keep_memory()
     if options.fast:
+        if run.source or options.inversion:
+            model.identity()  # of the weights, which can't be read once they are packed
         fast.prepare(model.unet)
     return model
 

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..errors import check
 from ..scheduler import alpha_bars
 from ..text import TextEncoder, Tokenizer
 from ..unet import UNet
@@ -36,7 +37,9 @@ class StableDiffusion:
     sample_size: tuple[int, int]  # height and width of the latents it was trained on
     defaults: dict[str, Any]  # arguments of generate(), from minip2p.json, completed by SD's
     vocabulary: tuple[str, ...] = ()  # the words it was trained on, where its source lists them
-    _identity: tuple[Any, str] = field(default=(None, ""), init=False, repr=False, compare=False)
+    _identity: tuple[str, set[Any], str] = field(
+        default=("", set(), ""), init=False, repr=False, compare=False
+    )
 
     def __post_init__(self) -> None:
         self.defaults = {**SD_DEFAULTS, "scheduler": self.scheduler, **self.defaults}
@@ -58,7 +61,8 @@ class StableDiffusion:
         """Return a hash, 16 hexadecimal digits, of all that the model's pictures depend on.
 
         That is its weights in their precision, its vocabulary of tokens and its noise levels. It is
-        computed again only after one of them has changed.
+        computed again only after one of them has changed. Raises UserError if it was not computed
+        before fast.prepare, which packs weights so that they can't be read.
         """
         tensors = []
         for part in (self.text_encoder, self.unet, self.vae):
@@ -68,13 +72,22 @@ class StableDiffusion:
         settings = [sorted(self.tokenizer.get_vocab().items()), sorted(self.schedule.items())]
         text = json.dumps([settings, self.scheduler, self.sample_size])
         # In-place changes raise a tensor's version; tensors made in inference mode have none.
-        versions = [(t.data_ptr(), t.is_inference() or t._version) for _, t in tensors]
-        if self._identity[0] != (text, versions):
-            digest = hashlib.sha256()
-            for name, tensor in tensors:
-                digest.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}".encode())
-                data = tensor.cpu().contiguous().flatten().view(torch.uint8)
-                digest.update(data.numpy().tobytes())
-            digest.update(text.encode())
-            self._identity = (text, versions), digest.hexdigest()[:16]
-        return self._identity[1]
+        versions = {(name, t.data_ptr(), t.is_inference() or t._version) for name, t in tensors}
+        known_text, known_versions, identity = self._identity
+        is_packed = getattr(self.unet, "is_packed", False)
+        is_same = versions <= known_versions if is_packed else versions == known_versions
+        if text == known_text and is_same:
+            return identity
+        check(
+            not is_packed,
+            "The weights of a prepared UNet can't be read: call model.identity() once before "
+            "fast.prepare(model.unet).",
+        )
+        digest = hashlib.sha256()
+        for name, tensor in tensors:
+            digest.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}".encode())
+            data = tensor.cpu().contiguous().flatten().view(torch.uint8)
+            digest.update(data.numpy().tobytes())
+        digest.update(text.encode())
+        self._identity = text, versions, digest.hexdigest()[:16]
+        return self._identity[2]
