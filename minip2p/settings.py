@@ -131,7 +131,8 @@ def warn_unknown_words(vocabulary: Sequence[str], prompts: Sequence[str]) -> Non
 def check_source(source: Any) -> None:
     """Raise UserError unless a run can start from `source`."""
     check(
-        all(hasattr(source, name) for name in ("check", "start", "hold_source")),
+        not isinstance(source, type)
+        and all(hasattr(source, name) for name in ("check", "start", "hold_source")),
         f"source is what minip2p.invert returns, not {describe(source)}.",
     )
 

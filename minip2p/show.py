@@ -1,4 +1,4 @@
-"""Pictures of results: rows with captions, word maps, maps laid over an image. Pillow draws them.
+"""Draw results with Pillow: rows with captions, word maps, maps laid over an image.
 
 Every function returns a new PIL image and changes nothing.
 """
@@ -6,8 +6,11 @@ Every function returns a new PIL image and changes nothing.
 from __future__ import annotations
 
 import unicodedata
+import warnings
 import weakref
 from collections.abc import Sequence
+from contextlib import suppress
+from functools import cache
 from typing import Any
 
 import torch
@@ -24,6 +27,16 @@ FONT_SIZE = 15
 MARGIN = 8
 COLUMNS = 8  # of word maps, before a new row
 NARROW = 96  # captions have at least this width
+FONTS = (  # of common systems, for captions with letters that Pillow's own font lacks
+    "DejaVuSans.ttf",
+    "NotoSans-Regular.ttf",
+    "NotoSansCJK-Regular.ttc",
+    "NotoEmoji-Regular.ttf",
+    "Arial Unicode.ttf",
+    "arial.ttf",
+    "msyh.ttc",
+    "seguisym.ttf",
+)
 # From nothing to the maximum, as in magma: dark, violet, red, yellow. Even steps of lightness.
 COLOURS = torch.tensor(
     [[0, 0, 4], [81, 18, 124], [183, 55, 121], [252, 137, 97], [252, 253, 191]],
@@ -31,14 +44,14 @@ COLOURS = torch.tensor(
     device="cpu",
 )
 
-# Of each model's VAE: from latents and a 1 to colours in [-1, 1], 5 3
+# The map of each VAE from latents and a 1 to colours in [-1, 1], 5 3
 LATENT_COLOURS: weakref.WeakKeyDictionary[VAE, Tensor] = weakref.WeakKeyDictionary()
 
 
 def row(
     images: Sequence[Image.Image], captions: Sequence[str] = (), columns: int | None = None
 ) -> Image.Image:
-    """Images side by side, each with its caption under it; a new row after every `columns`."""
+    """Put images side by side, each above its caption; start a new row after every `columns`."""
     n = columns or len(images)
     starts = range(0, len(images), n)
     return grid(
@@ -49,14 +62,17 @@ def row(
 def grid(
     rows: Sequence[Sequence[Image.Image]], captions: Sequence[Sequence[str]] = ()
 ) -> Image.Image:
-    """Rows of images, each image with its caption under it. Rows may differ in length."""
-    font = ImageFont.load_default(FONT_SIZE)
+    """Put rows of images below each other, each image above its caption. Rows may differ in length.
+
+    A caption takes a font of the system where Pillow's own lacks letters. Letters that no font has
+    are written as escapes, with a warning.
+    """
     scale = max(1, round(CELL / rows[0][0].height))
     width = max(image.width for images in rows for image in images) * scale
     height = max(image.height for images in rows for image in images) * scale
     width = max(width, NARROW) if captions else width
-    texts = [[_wrap(text, font, width) for text in line] for line in captions]
-    lines = max((text.count("\n") + 1 for line in texts for text in line), default=0)
+    texts = [[_caption(text, width) for text in line] for line in captions]
+    lines = max((text.count("\n") + 1 for line in texts for text, _ in line), default=0)
     cell = width + MARGIN, height + MARGIN + round(lines * FONT_SIZE * 1.3)
 
     columns = max(len(images) for images in rows)
@@ -70,13 +86,58 @@ def grid(
             sheet.paste(image.resize(size, Image.Resampling.BICUBIC), (middle, top))
             if texts and x < len(texts[y]):
                 below = left + width / 2, top + height + 4
-                draw.multiline_text(below, texts[y][x], "black", font, "ma", align="center")
+                text, font = texts[y][x]
+                draw.multiline_text(below, text, "black", font, "ma", align="center")
     return sheet
 
 
+@cache
+def _fonts() -> list[Any]:
+    """Return Pillow's own font, then those of FONTS that the system has."""
+    fonts: list[Any] = [ImageFont.load_default(FONT_SIZE)]
+    for name in FONTS:
+        with suppress(OSError):
+            fonts.append(ImageFont.truetype(name, FONT_SIZE))
+    return fonts
+
+
+@cache
+def _has(font: Any, letter: str) -> bool:
+    """Tell whether a font has a letter: it draws another picture than for a code without one."""
+    missing, drawn = font.getmask("\U0010ffff"), font.getmask(letter)
+    return letter == " " or (drawn.size, bytes(drawn)) != (missing.size, bytes(missing))
+
+
+@cache
+def _warn_of(letters: str) -> None:
+    """Warn of letters that no font has, once for each set of them."""
+    escapes = letters.encode("ascii", "backslashreplace").decode()
+    warnings.warn(
+        f"Captions write {escapes} as escapes, since no known font has these letters: install one "
+        "such as Noto Sans.",
+        stacklevel=4,
+    )
+
+
+def _caption(text: str, width: int) -> tuple[str, Any]:
+    """Return `text` in lines of at most `width` pixels, and the font that has its letters."""
+    text = " ".join(unicodedata.normalize("NFC", text).split())
+    for font in _fonts():
+        if all(_has(font, letter) for letter in text):
+            return _wrap(text, font, width), font
+    font, written, lacking = _fonts()[0], "", set()
+    for letter in text:
+        plain = unicodedata.normalize("NFKD", letter)[0]  # without its accent
+        shown = next((form for form in (letter, plain) if _has(font, form)), None)
+        lacking |= set() if shown else {letter}
+        written += shown or letter.encode("ascii", "backslashreplace").decode()
+    if lacking:
+        _warn_of("".join(sorted(lacking)))
+    return _wrap(written, font, width), font
+
+
 def _wrap(text: str, font: Any, width: int) -> str:
-    """`text` in lines of at most `width` pixels, without the accents that Pillow's font lacks."""
-    text = "".join(c for c in unicodedata.normalize("NFKD", text) if not unicodedata.combining(c))
+    """Break `text` into lines of at most `width` pixels."""
     lines = [""]
     for word in text.split():
         if lines[-1] and font.getlength(f"{lines[-1]} {word}") <= width:
@@ -91,7 +152,7 @@ def _wrap(text: str, font: Any, width: int) -> str:
 
 
 def heat(weights: Tensor, size: tuple[int, int]) -> Image.Image:
-    """A map in colours, 0 dark, its maximum yellow. weights: h w; size: width, height in pixels"""
+    """Draw a map, 0 dark and its maximum yellow. weights: h w. size: width, height in pixels"""
     weights = weights.detach().float().cpu()
     weights = weights.clamp(min=0) / weights.max().clamp(min=1e-12)
     place = weights * (len(COLOURS) - 1)  # h w, between two of the colours
@@ -102,7 +163,7 @@ def heat(weights: Tensor, size: tuple[int, int]) -> Image.Image:
 
 
 def overlay(image: Image.Image, weights: Tensor) -> Image.Image:
-    """A map laid over the image it belongs to. weights: h w"""
+    """Lay a map over the image it belongs to. weights: h w"""
     return Image.blend(image.convert("L").convert("RGB"), heat(weights, image.size), 0.6)
 
 
@@ -113,24 +174,13 @@ def word_maps(
     words: Sequence[str] | None = None,
     **which: Any,
 ) -> Image.Image:
-    """The image, then where it looks at each word: by default every word of its prompt.
+    """Show the image, then its map of each word: by default of every word of its prompt.
 
     which: size, places and call, as for AttentionStore.average.
     """
     words = list(words or store.words or store.prompt(prompt).words)
     maps = [overlay(image, store.word(word, prompt, **which)) for word in words]
     return row([image, *maps], [store.prompt(prompt).text, *words], COLUMNS)
-
-
-def token_maps(
-    image: Image.Image, store: AttentionStore, prompt: int = 0, **which: Any
-) -> Image.Image:
-    """The image, then where it looks at each token: begin, the text's and the first end token."""
-    source = store.prompt(prompt)
-    maps = store.average(**which)[prompt]  # h w k
-    names = ["<begin>", *(source.text[a:b] for a, b in source.spans), "<end>"][: maps.shape[-1]]
-    overlays = [overlay(image, maps[..., i]) for i in range(len(names))]
-    return row([image, *overlays], [source.text, *names], COLUMNS)
 
 
 def map_over_calls(
@@ -141,7 +191,7 @@ def map_over_calls(
     columns: int = 8,
     **which: Any,
 ) -> Image.Image:
-    """The image, then where it looks at `word` at some UNet calls, from the first to the last.
+    """Show the image, then its map of `word` at some UNet calls, from the first to the last.
 
     The store must have been made with by_call=True.
     """
@@ -152,7 +202,7 @@ def map_over_calls(
 
 @torch.no_grad()
 def preview(model: StableDiffusion, latents: Tensor) -> list[Image.Image]:
-    """What pictures will become, in no time: a linear map from latents to colours, a pixel each.
+    """Estimate pictures from latents quickly, by a linear map from each latent pixel to a colour.
 
     latents: b 4 h w → b RGB images of w x h
     """
@@ -163,9 +213,10 @@ def preview(model: StableDiffusion, latents: Tensor) -> list[Image.Image]:
 
 
 def latent_colours(vae: VAE, device: torch.device) -> Tensor:
-    """The map by least squares, on patches of random latents and what the VAE makes of them. → 5 3
+    """Fit the map by least squares, on random latents and the VAE's pictures of them. → 5 3
 
-    Patches of 4 x 4, since latents are of unit variance, but not white: white noise gives grey.
+    The latents are patches of 4 x 4, because neighbours in a picture's latents are alike: the VAE
+    makes grey of white noise.
     """
     rng = torch.Generator().manual_seed(0)
     noise = torch.randn(4, 4, 4, 4, generator=rng, dtype=torch.float32, device="cpu").to(device)
@@ -177,5 +228,5 @@ def latent_colours(vae: VAE, device: torch.device) -> Tensor:
 
 
 def with_one(latents: Tensor) -> Tensor:
-    """b 4 h w → b h w 5"""
+    """Append a 1 to the channels. latents: b 4 h w → b h w 5"""
     return F.pad(latents.permute(0, 2, 3, 1), (0, 1), value=1.0)

@@ -1,4 +1,4 @@
-"""AttentionStore, the hook that keeps attention maps."""
+"""Keep the attention maps of a run: the hook AttentionStore."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from torch import Tensor
 from . import saved
 from .align import LENGTH, Prompt, check_words
 from .attention import Hook, Layer
-from .errors import check
+from .errors import check, is_whole
 from .linear_edit import LinearEdit
 
 PLACES = "down", "mid", "up"
@@ -23,14 +23,15 @@ PLACES = "down", "mid", "up"
 class AttentionStore(Hook):
     """Keep attention maps, averaged over heads and summed over the UNet calls. Changes nothing.
 
-    places: which of "down", "mid", "up". cross, self_attention: which kinds. max_pixels: of the
-    largest feature map whose maps are kept; None means 32 x 32, or the coarse size where that is
-    larger. A self-attention map has the square of it as entries.
-    words: keep only these words' maps, for which no whole map is written down; None: every token's.
-    before_edit: the maps as each prompt had them, not as the edit left them.
+    places: the parts of the UNet, of "down", "mid" and "up". cross, self_attention: the kinds of
+    attention. max_pixels: of the largest feature map whose maps are kept; None means 32 x 32, or
+    the coarse size where that is larger. A self-attention map has the square of it as entries.
+    words: keep only these words' maps, and write down no whole map; None: every token's.
+    before_edit: the maps that each prompt had before the edit changed them.
     by_call: keep every UNet call's maps apart.
+    Raises UserError for an option that makes no sense.
 
-    Everything is float32 and belongs to the store alone: no later edit reaches it.
+    The maps are float32 copies, so that no later edit changes them.
     """
 
     def __init__(
@@ -44,6 +45,14 @@ class AttentionStore(Hook):
         before_edit: bool = False,
         by_call: bool = False,
     ):
+        flags = {"cross": cross, "self_attention": self_attention}
+        flags |= {"before_edit": before_edit, "by_call": by_call}
+        for name, value in flags.items():
+            check(isinstance(value, bool), f"{name} is True or False, not {value!r}.")
+        check(
+            max_pixels is None or is_whole(max_pixels),
+            f"max_pixels is a whole number or None, not {max_pixels!r}.",
+        )
         self.places = _tuple(places)
         for place in self.places:
             check(place in PLACES, f"There is no place {place!r}, only: {', '.join(PLACES)}.")
@@ -55,9 +64,9 @@ class AttentionStore(Hook):
     def begin(
         self, prompts: Sequence[Prompt], size: tuple[int, int], device: torch.device | str = "cpu"
     ) -> None:
-        """Forget the last run. size: the feature map that average() and word() take by default.
+        """Forget the last run. size: of the feature map that average() and word() take by default.
 
-        Raises ValueError if one of `words` is in no prompt.
+        Raises UserError if one of `words` is in no prompt.
         """
         self.prompts, self.size, self.calls = list(prompts), size, 0
         self.maps: dict[Layer, list[Tensor]] = {}  # one sum, or with by_call one map for each call
@@ -93,7 +102,7 @@ class AttentionStore(Hook):
         return LinearEdit(probes=((self.columns, partial(self.add, layer)),))
 
     def add(self, layer: Layer, maps: Tensor) -> None:
-        """maps: b q n, of one UNet call."""
+        """Keep the maps of one layer at one UNet call. maps: b q n"""
         kept = self.maps.setdefault(layer, [])
         if self.by_call or not kept:
             kept.append(maps.clone())
@@ -107,11 +116,11 @@ class AttentionStore(Hook):
         is_cross: bool = True,
         call: int | None = None,
     ) -> Tensor:
-        """Mean over the layers of one size and over the UNet calls, or of one `call`. → b h w k
+        """Average over the layers of one size and the UNet calls, or take one `call`. → b h w k
 
         k: the prompt's tokens, the store's `words`, or for self-attention all h·w pixels.
         size: of the feature map; by default the coarse one, 16 x 16 for a square SD picture.
-        Raises ValueError, listing what there is, if no such map was kept.
+        Raises UserError, with a list of the maps, if no such map was kept.
         """
         size, places = size or self.size, _tuple(places or self.places)
         pair = isinstance(size, Sequence) and len(size) == 2
@@ -120,8 +129,8 @@ class AttentionStore(Hook):
         def kind(layer: Layer) -> tuple[str, bool, int, int]:
             return layer.place, layer.is_cross, layer.height, layer.width
 
-        asked = [(place, is_cross, *size) for place in places]
-        kept = [maps for layer, maps in self.maps.items() if kind(layer) in asked]
+        kinds = [(place, is_cross, *size) for place in places]
+        kept = [maps for layer, maps in self.maps.items() if kind(layer) in kinds]
         names = {True: "cross", False: "self"}
         all_kinds = sorted({kind(layer) for layer in self.maps})
         listing = ", ".join(f"{place} {h}x{w} {names[c]}" for place, c, h, w in all_kinds)
@@ -139,7 +148,7 @@ class AttentionStore(Hook):
         return torch.stack(each).mean(dim=0).unflatten(1, tuple(size))
 
     def prompt(self, number: int) -> Prompt:
-        """The prompt of that row. Raises ValueError if there is none."""
+        """Return the prompt of a row. Raises UserError if there is none."""
         check(
             isinstance(number, int) and 0 <= number < len(self.prompts),
             f"There is no prompt number {number!r}: the store has {len(self.prompts)}, "
@@ -148,77 +157,100 @@ class AttentionStore(Hook):
         return self.prompts[number]
 
     def word(self, word: str, prompt: int = 0, **which: Any) -> Tensor:
-        """How much each pixel looks at `word`, summed over its tokens; `which` as in average. → h w
+        """Return how much each pixel looks at `word`, the sum over its tokens. → h w
 
-        Raises ValueError if the prompt has no such word.
+        which: as for `average`. Raises UserError if the prompt has no such word.
         """
-        text = self.prompt(prompt)
-        check_words([word], [text])
+        row = self.prompt(prompt)
+        check_words([word], [row])
         is_cross = which.get("is_cross", True)
         check(is_cross, "A word has maps in cross-attention only: leave out is_cross=False.")
         maps = self.average(**which)[prompt]
         if self.words is None:
-            return maps[..., text.find(word)].sum(dim=-1)
+            return maps[..., row.find(word)].sum(dim=-1)
         # Another spelling of a kept word means the same tokens.
-        kept = [n for n, known in enumerate(self.words) if text.find(known) == text.find(word)]
+        kept = [n for n, known in enumerate(self.words) if row.find(known) == row.find(word)]
         check(kept, f"Only the words {', '.join(self.words)} were kept, not {word!r}.")
         return maps[..., kept[0]]
 
     def save(self, path: str | os.PathLike[str]) -> None:
-        """Write it as safetensors, with all that `load` needs to answer as it does.
+        """Write it as safetensors. Each layer at each size has one tensor, n b q k.
 
-        Of each layer and size there is one tensor, n b q k: n is 1, or with by_call the calls.
-        Raises ValueError if there is nothing to save, or the file can't be written.
+        n is 1, or with by_call the number of calls. Raises UserError if there is nothing to save,
+        or the file can't be written.
         """
         check(self.maps, "This store has seen no run yet, so there are no maps to save.")
-        options = {
-            **{"places": self.places, "cross": self.kinds[True], "words": self.words},
-            **{"self_attention": self.kinds[False], "max_pixels": self.max_pixels},
-            **{"before_edit": self.before_edit, "by_call": self.by_call},
-        }
-        about = {
-            **{"options": options, "size": self.size, "calls": self.calls},
+        content = {
+            "options": {
+                "places": self.places,
+                "cross": self.kinds[True],
+                "self_attention": self.kinds[False],
+                "max_pixels": self.max_pixels,
+                "words": self.words,
+                "before_edit": self.before_edit,
+                "by_call": self.by_call,
+            },
+            "size": self.size,
+            "calls": self.calls,
             "prompts": [asdict(prompt) for prompt in self.prompts],
-            "sites": [astuple(layer) for layer in self.maps],
+            "sites": [astuple(layer) for layer in self.maps],  # layers, in files of every version
         }
         tensors = {_name(layer): torch.stack(maps) for layer, maps in self.maps.items()}
-        saved.write(path, "AttentionStore", about, tensors)
+        saved.write(path, "AttentionStore", content, tensors)
 
     @staticmethod
     def load(path: str | os.PathLike[str]) -> AttentionStore:
-        """The store that `save` wrote, on the CPU. Raises ValueError for any other file."""
-        about, tensors = saved.read(path, "AttentionStore")
+        """Read a store that `save` wrote, on the CPU. Raises UserError for any other file."""
+        content, tensors = saved.read(path, "AttentionStore")
         try:
-            store = AttentionStore(**about["options"])
-            h, w = about["size"]
-            store.begin([_prompt(**prompt) for prompt in about["prompts"]], (h, w))
-            store.calls = int(about["calls"])
-            layers = [Layer(*layer) for layer in about["sites"]]
+            store = AttentionStore(**content["options"])
+            h, w = content["size"]
+            store.begin([_prompt(**prompt) for prompt in content["prompts"]], (h, w))
+            store.calls = content["calls"]
+            layers = [_layer(*layer) for layer in content["sites"]]
             store.maps = {layer: list(tensors.pop(_name(layer))) for layer in layers}
-            fit = not tensors and all(map(store._fits, layers))
-        except (AttributeError, KeyError, TypeError, ValueError):
-            fit = False
-        check(fit, f"{path} is damaged: its maps are not what it says of them.")
+            is_sound = all(is_whole(n) and n > 0 for n in (h, w, store.calls)) and not tensors
+            is_sound = is_sound and all(map(store._fits, layers))
+        except (AttributeError, KeyError, TypeError, ValueError, IndexError):
+            is_sound = False
+        check(is_sound, f"{path} is damaged: its maps do not fit its settings.")
         return store
 
     def _fits(self, layer: Layer) -> bool:
-        """Whether the maps of that layer are as many and as large as they can be."""
+        """Tell whether the maps of a layer have the number, shape and values that they can have."""
         pixels, maps = layer.height * layer.width, self.maps[layer]
         columns = (LENGTH if self.words is None else len(self.words)) if layer.is_cross else pixels
-        right = len(self.prompts), pixels, columns
-        most = self.calls if self.by_call else min(self.calls, 1)
-        return 1 <= len(maps) <= most and all(one.shape == right for one in maps)
+        shape = len(self.prompts), pixels, columns
+        most = self.calls if self.by_call else 1
+        return 1 <= len(maps) <= most and all(
+            m.shape == shape and m.dtype in (torch.float32, torch.float64) and m.isfinite().all()
+            for m in maps
+        )
 
 
 def _name(layer: Layer) -> str:
-    """Of its tensor in a file."""
+    """Name the tensor of a layer in a file."""
     return f"{layer.name} {layer.height}x{layer.width}"
 
 
+def _layer(name: str, place: str, is_cross: bool, height: int, width: int) -> Layer:
+    """Build a layer from JSON. Raises UserError if it is none."""
+    is_sound = isinstance(name, str) and place in PLACES and isinstance(is_cross, bool)
+    check(is_sound and all(is_whole(n) and n > 0 for n in (height, width)), "damaged")
+    return Layer(name, place, is_cross, height, width)
+
+
 def _prompt(text: str, ids: list[int], spans: list[list[int]], cut: int) -> Prompt:
-    """What became lists in JSON, as it was."""
-    return Prompt(text, tuple(ids), tuple((start, stop) for start, stop in spans), cut)
+    """Build a prompt from JSON. Raises UserError if it is none."""
+    check(isinstance(text, str) and len(ids) == LENGTH and is_whole(cut), "damaged")
+    check(0 <= cut <= len(text) and all(is_whole(i) and i >= 0 for i in ids), "damaged")
+    pairs = tuple((start, stop) for start, stop in spans)
+    numbers = [n for pair in pairs for n in pair]
+    check(all(is_whole(n) and 0 <= n <= len(text) for n in numbers), "damaged")
+    check(len(pairs) <= LENGTH - 2, "damaged")
+    return Prompt(text, tuple(ids), pairs, cut)
 
 
 def _tuple(value: str | Sequence[str]) -> tuple[str, ...]:
+    """Return one word or several as a tuple."""
     return (value,) if isinstance(value, str) else tuple(value)

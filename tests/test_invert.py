@@ -439,7 +439,6 @@ SOURCE = {
     "latents": ([BIRD], {"latents": torch.zeros(1, 4, 16, 16)}, "latents", "leave it out"),
     "own scheduler": ([BIRD], {"scheduler": minip2p.DDIM(4)}, "scheduler", "leave it out"),
     "eta": ([BIRD], {"eta": 1.0}, "eta", "leave it out"),
-    "hook": ([BIRD, LION], {"edit": minip2p.Hook()}, "hooks=[hook]"),
     "a file": ([BIRD], {"source": "bird.safetensors"}, "minip2p.invert", "'bird.safetensors'"),
     "a picture": ([BIRD], {"source": np.zeros((8, 8, 3))}, "minip2p.invert", "ndarray"),
     "the class": ([BIRD], {"source": Inversion}, "class Inversion"),
@@ -527,9 +526,8 @@ def test_files_that_are_none(toy_source, content, says, tmp_path):
 
 
 def test_where_no_file_can_be(toy_source):
-    for path in (Path(__file__) / "a.safetensors", "/no/such/folder/a.safetensors"):
-        with pytest.raises(UserError, match="can't be written"):
-            toy_source.save(path)
+    with pytest.raises(UserError, match="can't be written"):
+        toy_source.save(Path(__file__) / "a.safetensors")
 
 
 def test_right_uses_are_quiet(toy, bird, recwarn):

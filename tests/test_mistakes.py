@@ -289,7 +289,6 @@ for wrong in (2, "lion", 0.5):
     store(f"map of prompt {wrong!r}", lambda s, wrong=wrong: s.word("a", wrong),
           repr(wrong), "2", "from 0")  # fmt: skip
 pictures("pictures of prompt 2", show.word_maps, [2], "2", "from 0")
-pictures("pictures of the tokens of prompt 2", show.token_maps, [2], "2", "from 0")
 pictures("pictures of an unknown word", show.word_maps, [0, ["tiger"]], "'tiger'", "squirrel")
 pictures("pictures of calls in one sum", show.map_over_calls, ["lion", 1], "by_call=True")
 mistake("map of a store that saw no run", lambda given: AttentionStore().average(), "nothing")
