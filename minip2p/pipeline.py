@@ -21,7 +21,6 @@ from .attention import CachedContext, Chain, Hook, PromptRows, Size
 from .edit import Edits, PromptToPrompt, bind
 from .errors import UserError
 from .progress import tqdm
-from .record import record
 from .scheduler import Scheduler, make_scheduler
 from .unet import UNet
 from .vae import to_images
@@ -173,6 +172,9 @@ def generate(
     settings.check_finite("The latents", x, model.dtype)
 
     images = decode_latents(model, x, progress) if decode else []
+
+    from .record import record  # here: the loop can be read, and run, without it
+
     size = w * model.vae.f, h * model.vae.f
     arguments = prompts, negative_prompt, edit, hooks, seed, latents, scheduler
     dtype = str(model.dtype).removeprefix("torch.")
