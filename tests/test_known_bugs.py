@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from helpers import LION, SQUIRREL, difference
+from helpers import LION, SQUIRREL, difference, noise
 from torch import Tensor
 
 import minip2p
@@ -90,14 +90,14 @@ def test_b05_the_callers_dict_is_not_changed(clip_tokenizer):
 
 def test_b08_a_scheduler_and_an_edit_may_be_used_again(model):
     """A run that was cut short left its predictions in PNDM."""
-    settings = {"scheduler": minip2p.PNDM(3), "num_inference_steps": None, "edit": SWAP}
-    steps = minip2p.denoise(
-        model.unet, settings["scheduler"], torch.randn(1, 4, 16, 16), torch.randn(1, 77, 128),
-        torch.empty(0, 77, 128), 1.0,
-    )  # fmt: skip
-    next(steps)
-    first = latents(model, **settings)
-    assert torch.equal(latents(model, **settings), first)
+    scheduler, uncond = minip2p.PNDM(3), torch.empty(0, 77, 128)
+    cond = encode(model.text_encoder, [tokenize(model.tokenizer, LION)])
+    next(minip2p.denoise(model.unet, scheduler, noise(), cond, uncond, 1.0))
+    again, fresh = (
+        latents(model, scheduler=pndm, num_inference_steps=None, edit=SWAP)
+        for pndm in (scheduler, minip2p.PNDM(3))
+    )
+    assert torch.equal(again, fresh)
 
 
 def test_b09_all_prompts_start_from_the_same_noise(model):
@@ -154,9 +154,8 @@ def test_b12_runs_do_not_disturb_each_other(model, plain):
         prompts = [tokenize(model.tokenizer, text) for text in (SQUIRREL, LION)]
         cond = encode(model.text_encoder, prompts)
         uncond = encode(model.text_encoder, [tokenize(model.tokenizer, "")]).expand_as(cond)
-        x = torch.randn(1, 4, 16, 16, generator=torch.Generator().manual_seed(8888))
         hook = bind(edit, prompts, latent_size=(16, 16), coarse=(16, 16), defaults={})
-        x = x.expand(2, -1, -1, -1)
+        x = noise().expand(2, -1, -1, -1)
         return minip2p.denoise(model.unet, minip2p.DDIM(4), x, cond, uncond, 4.0, hook)
 
     *_, (a, b) = zip(start(SWAP), start(None), strict=True)  # call by call in turns
@@ -203,9 +202,8 @@ def test_b17_half_precision(model):
 
 def test_b19_noise_comes_from_the_cpu_in_float32(model, plain):
     """The noise was drawn on the device, so that a seed meant another picture on each."""
-    noise = torch.randn(1, 4, 16, 16, generator=torch.Generator("cpu").manual_seed(8888))
     state = torch.get_rng_state()
-    assert torch.equal(latents(model, latents=noise), plain)
+    assert torch.equal(latents(model, latents=noise()), plain)
     assert torch.equal(torch.get_rng_state(), state)  # the caller's own random numbers go on
 
 
