@@ -555,7 +555,7 @@ def test_every_layer_fused_equals_written_out(model, name):
 
 @pytest.mark.parametrize("name", MIXES)
 def test_every_layer_with_guidance_and_a_store_of_words(model, name):
-    """The blank rows after the prompts are left alone, and what a fused edit reads is the map."""
+    """The unconditional rows are left alone, and what a fused edit reads is the map."""
     prompts, context, x, edit = halfway(model, (16, 16), MIXES[name])
     stores = [minip2p.AttentionStore(words=["snow", "lion", TWO]) for _ in range(2)]
     for store in stores:
