@@ -295,3 +295,11 @@ def clip_tokenizer_dir() -> Path:
 def clip_tokenizer(clip_tokenizer_dir: Path) -> Tokenizer:
     """Return the genuine CLIP tokenizer as minip2p loads it."""
     return load_tokenizer(clip_tokenizer_dir)
+
+
+@pytest.fixture(scope="session")
+def reference_tokenizer(clip_tokenizer_dir: Path) -> Any:
+    """Return the genuine CLIP tokenizer as transformers loads it, for the reference."""
+    from transformers import CLIPTokenizerFast
+
+    return CLIPTokenizerFast.from_pretrained(clip_tokenizer_dir)
