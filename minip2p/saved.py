@@ -84,8 +84,8 @@ def read(path: str | os.PathLike[str], kind: str) -> tuple[dict[str, Any], dict[
     """
     from safetensors import SafetensorError, safe_open
 
-    check(Path(path).is_file(), f"There is no file {path}.")
     try:
+        check(Path(path).is_file(), f"There is no file {path}.")
         with safe_open(path, framework="pt") as file:
             metadata = file.metadata() or {}
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118

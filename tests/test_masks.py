@@ -1,4 +1,4 @@
-"""Masks: one's own in every form it comes in, and those that words make, whatever their weights."""
+"""Masks: those of the user in every form, and those that words make, whatever their weights."""
 
 import io
 import warnings
@@ -17,6 +17,7 @@ from minip2p import AttentionStore, Hook, Layer, LocalBlend, Refine, Reweight
 from minip2p.edit import bind
 from minip2p.mask import read_mask
 from minip2p.text import tokenize
+from minip2p.weights.model import SD_DEFAULTS
 
 WHERE = np.zeros((64, 64), dtype=bool)  # what is to be edited, in latents
 WHERE[10:40, 5:30] = True
@@ -25,13 +26,13 @@ GREY = WHERE.astype(np.uint8) * 255
 
 @pytest.fixture(autouse=True)
 def no_warnings():
-    """Of no library may one reach a user for a right input."""
+    """Let no library's warning pass for a right input."""
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         yield
 
 
-# --- one's own -----------------------------------------------------------------------------------
+# --- of the user ---------------------------------------------------------------------------------
 
 
 def mode_p(indices: np.ndarray, *colours: int) -> Image.Image:
@@ -165,17 +166,12 @@ def test_a_mask_is_what_diffusers_takes_it_for(mask):
 SQUIRREL = "a painting of a squirrel"
 RED = "a painting of a red squirrel"
 CROSS = Layer("up_blocks.1.attentions.0.transformer_blocks.0.attn2", "up", True, 16, 16)
-WEIGHTS = [0, -1, 0.5, 1, 3]
-
-
-@pytest.fixture(scope="module")
-def model():
-    return minip2p.load()
+WEIGHTS = [0, -1, 1, 3]
 
 
 def bound(tokenizer, edit, *texts: str):
     prompts = [tokenize(tokenizer, text) for text in texts]
-    return bind(edit, prompts, latent_size=(64, 64), coarse=(16, 16))
+    return bind(edit, prompts, latent_size=(64, 64), coarse=(16, 16), defaults=SD_DEFAULTS)
 
 
 def generate(model, edit, prompts=(SQUIRREL, RED), **settings) -> minip2p.Result:
@@ -184,15 +180,15 @@ def generate(model, edit, prompts=(SQUIRREL, RED), **settings) -> minip2p.Result
 
 
 def summed(edit: Hook, fused: bool) -> Tensor:
-    """What a blend has read after two calls of four, one of them in the window. → b q 2"""
+    """Sum what a blend reads at two calls of four, one of them in the window. → b q 2"""
     generator = torch.Generator().manual_seed(0)
     for call in (0, 3):
-        now = edit.at(call, 4, 0)
+        hook = edit.at(call, 4, 0)
         q, k = (torch.randn(2, 2, n, 64, generator=generator) for n in (256, 77))
         if fused:
-            now.linear(CROSS).read(q, k)
+            hook.linear(CROSS).read(q, k)
         else:
-            now((q @ k.mT / 8).softmax(dim=-1), CROSS)
+            hook((q @ k.mT / 8).softmax(dim=-1), CROSS)
     return edit.blends[0].maps
 
 
@@ -200,7 +196,6 @@ def summed(edit: Hook, fused: bool) -> Tensor:
 @pytest.mark.parametrize("everywhere", [True, False])
 @pytest.mark.parametrize("w", WEIGHTS)
 def test_a_blend_reads_maps_before_weights(clip_tokenizer, w, everywhere, fused):
-    """Those of its words, and those of the words that it subtracts, to the bit."""
     refine = Refine(0.5, 0.4, LocalBlend("red", subtract="painting"))
     weighted = Reweight({"red": w, "painting": w}, refine, everywhere)
     read = summed(bound(clip_tokenizer, weighted, SQUIRREL, RED), fused)
@@ -212,7 +207,6 @@ def test_a_blend_reads_maps_before_weights(clip_tokenizer, w, everywhere, fused)
 @pytest.mark.parametrize("w", WEIGHTS)
 @pytest.mark.parametrize("subtract", [(), "painting"])
 def test_a_weight_of_the_blends_word_leaves_the_edit_there(model, w, everywhere, subtract):
-    """At 0 and below nothing exceeded the threshold, and the edit was the source."""
     refine = Refine(0.8, 0.4, LocalBlend("red", 0.6, subtract=subtract))
     latents = generate(model, Reweight({"red": w}, refine, everywhere)).latents
     edited = (latents[0] != latents[1]).any(dim=0).float().mean()
@@ -223,7 +217,7 @@ def test_a_weight_of_the_blends_word_leaves_the_edit_there(model, w, everywhere,
 
 @pytest.mark.parametrize("w", WEIGHTS)
 def test_a_store_sees_the_weighted_maps(model, w):
-    """Of the first layer, whose input no weight has changed: w times the map."""
+    """At the first layer, whose input no weight has changed, it is w times the map."""
     refine = Refine(0.8, 0.4, LocalBlend("red"))
 
     def first(edit: object, store: AttentionStore) -> Tensor:
@@ -269,7 +263,7 @@ def test_a_mask_that_becomes_empty_says_so_once(model, scheduler):
         (Refine(0.8, 0.4, LocalBlend(mask=WHERE[::4, ::4])), [RED], []),
     ],
 )  # fmt: skip
-def test_only_of_the_edits_whose_mask_is_empty(model, edit, prompts, named):
+def test_the_warning_names_the_edits_whose_mask_is_empty(model, edit, prompts, named):
     with warnings.catch_warnings(record=True) as warned:
         warnings.simplefilter("always")
         generate(model, edit, [SQUIRREL, *prompts])
@@ -291,9 +285,9 @@ def test_the_mask_is_asked_at_the_last_call_alone(clip_tokenizer):
     probs = torch.rand(2, 2, 256, 77, generator=torch.Generator().manual_seed(0))
     asked = []
     for call in range(5):
-        now = edit.at(call, 5, 0)
-        now(probs.clone(), CROSS)
+        hook = edit.at(call, 5, 0)
+        hook(probs.clone(), CROSS)
         with Questions() as questions:
-            now.blend(torch.zeros(2, 4, 64, 64))
+            hook.after_step(torch.zeros(2, 4, 64, 64))
         asked.append(questions.asked)
     assert asked == [0, 0, 0, 0, 1]

@@ -9,9 +9,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from PIL import Image, ImageCms, PngImagePlugin
+from PIL import Image, ImageCms, ImageFont, PngImagePlugin
 
-from minip2p import picture
+from minip2p import picture, show
 from minip2p.errors import UserError
 
 SIZE = 64, 64
@@ -401,6 +401,31 @@ def test_tensor():
     tensor = picture.read(scene(), SIZE).tensor()
     assert tensor.shape == (1, 3, 64, 64) and tensor.dtype == torch.float32
     assert tensor[0, 2, 0, 0] == pytest.approx(220 / 127.5 - 1) and tensor.abs().max() <= 1
+
+
+# ---- Captions ------------------------------------------------------------------------------------
+
+
+def drawn(text: str) -> bytes:
+    return show.row([Image.new("RGB", (256, 8))], [text]).tobytes()
+
+
+def test_captions_take_a_font_that_has_the_letters():
+    """No warning, no boxes: captions of other letters differ."""
+    fonts = show._fonts()
+    assert drawn("cat") != drawn("dog") and show._caption("cat", 200)[1] is fonts[0]
+    for a, b in (("кот", "пёс"), ("γάτα", "σκύλος")) if len(fonts) > 1 else ():
+        assert drawn(a) != drawn(b)
+        assert show._caption(b, 200) == (b, fonts[1])
+
+
+def test_letters_that_no_font_has_are_escaped_and_named_once(monkeypatch):
+    monkeypatch.setattr(show, "_fonts", lambda: [ImageFont.load_default(15)])
+    show._warn_of.cache_clear()
+    with pytest.warns(UserWarning, match=r"Captions write \\u5b57\\u732b as escapes") as warned:
+        sheets = [drawn(text) for text in ("猫 字", "字 猫", "猫 字")]
+    assert len(warned) == 1 and sheets[0] == sheets[2] != sheets[1]
+    assert show._caption("café 猫 字", 999)[0] == r"cafe \u732b \u5b57"
 
 
 # ---- Mistakes ------------------------------------------------------------------------------------

@@ -199,7 +199,7 @@ def saved(model, tmp_path_factory) -> Path:
 
 
 def changed(path: Path, to: Path, fields=None, tensors=None, **metadata: str) -> Path:
-    """The same file with something else in it."""
+    """Copy a file with other content."""
     with safe_open(path, "pt") as file:
         about = file.metadata()
     if fields:
@@ -283,3 +283,7 @@ def test_other_files_are_named_in_one_sentence(saved, tmp_path):
         AttentionStore.load(other)
     with pytest.raises(ValueError, match="damaged: the description of its tensors can't be read"):
         AttentionStore.load(changed(saved, tmp_path / "json", about="{no JSON"))
+    with pytest.raises(ValueError, match="damaged"):
+        AttentionStore.load(changed(saved, tmp_path / "deep", about='{"a":' * 50_000))
+    with pytest.raises(ValueError, match="can't be read"):
+        AttentionStore.load("a" * 5000)
