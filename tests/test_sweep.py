@@ -21,6 +21,7 @@ from PIL.PngImagePlugin import PngInfo
 import minip2p
 from minip2p.sweep import __main__ as sweep
 from minip2p.sweep import measure, results, study, worker
+from minip2p.sweep.ray import Allocation
 from minip2p.text import tokenize
 
 Command = Callable[..., tuple[int, str]]  # words of a command → its status, and what it printed
@@ -529,10 +530,18 @@ def test_without_ray_its_options_are_one_sentence(
     assert not Path("out").exists()
 
 
+def test_workers_share_the_resources_of_a_cluster():
+    cpus, gpus = [{"CPU": 8}, {"CPU": 8}], [{"CPU": 8, "GPU": 2}]
+    assert Allocation.of(cpus, None, cpu=False) == Allocation(2, 8, {"num_cpus": 8})
+    assert Allocation.of(cpus, 5, cpu=False) == Allocation(5, 3, {"num_cpus": 3})
+    assert Allocation.of(gpus, None, cpu=False) == Allocation(2, 4, {"num_gpus": 1})
+    assert Allocation.of(gpus, None, cpu=True) == Allocation(1, 8, {"num_cpus": 8})
+
+
 # --- what stops a sweep ---------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("n", [1, 2, 5, 12])
+@pytest.mark.parametrize("n", [1, 5, 12])
 def test_a_full_disk_is_one_sentence_and_the_rest_is_made_later(
     command: Command, n: int, monkeypatch: pytest.MonkeyPatch
 ):
