@@ -21,7 +21,7 @@ import os
 import re
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -199,8 +199,7 @@ def invert(
     Raises UserError for a picture or a setting that does not fit.
     """
     eta = 1.0 if method == "edit-friendly" else 0.0
-    scheduler = make_scheduler(model, num_inference_steps, "ddim", eta)
-    assert isinstance(scheduler, DDIM)
+    scheduler = cast(DDIM, make_scheduler(model, num_inference_steps, "ddim", eta))
     h, w = latent_size(model, height, width, None)
     settings = {
         "method": method,

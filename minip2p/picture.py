@@ -224,6 +224,7 @@ def to_srgb(image: Image.Image, converted: Image.Image) -> Image.Image:
     ):
         return rgba  # it is sRGB itself, and only rounding would change the picture
     rgb = ImageCms.applyTransform(image if mode == "CMYK" else rgba.convert(mode), transform)
+    assert rgb is not None  # it is None where the image is changed in place
     rgb.putalpha(rgba.getchannel("A"))
     return rgb
 

@@ -148,9 +148,8 @@ def test_guidance_breaks_a_plain_inversion(model, bird):
 # ---- Row 0 ---------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("guidance", [1, 7.5])
 @pytest.mark.parametrize("edit", EDITS)
-@pytest.mark.parametrize("method", ["direct", "edit-friendly"])
+@pytest.mark.parametrize("method, guidance", [("direct", 7.5), ("edit-friendly", 1)])
 def test_row_0_is_the_reconstruction_to_the_bit(model, source, friendly, method, edit, guidance):
     source = source if method == "direct" else friendly
     prompts = [BIRD, LION]
