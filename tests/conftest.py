@@ -48,6 +48,9 @@ hypothesis.settings.load_profile("repeatable")
 
 NO_GPU = "needs a CUDA device"
 
+# These files take longest and begin first: started last, one would keep a single worker busy.
+LONG = ("test_world.py", "test_prompt_to_prompt.py", "test_cli.py", "test_studio.py")
+
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption(
@@ -70,6 +73,7 @@ def pytest_xdist_auto_num_workers(config: pytest.Config) -> int:
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    items.sort(key=lambda item: item.path.name not in LONG)
     if not torch.cuda.is_available():
         for item in items:
             if item.get_closest_marker("gpu"):
