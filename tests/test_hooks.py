@@ -96,7 +96,7 @@ def test_a_hook_beside_one_edit_for_each_prompt(model):
 
 def test_a_hook_is_no_edit(toy):
     for edit in (Louder(), [WordSwap(), Louder()]):
-        with pytest.raises(minip2p.UserError, match="Louder.* give it as hooks="):
+        with pytest.raises(minip2p.UserError, match=r"Louder .* give it as hooks="):
             generate(toy, edit=edit, prompts=[SQUIRREL, LION, SNOW])
 
 

@@ -34,10 +34,10 @@ B4   a blend gave the source back                           test_prompt_to_promp
 B6   a window of 1 or 0 was a TypeError                     test_align.test_calls_of
 B7   windows counted steps, not UNet calls                  test_prompt_to_prompt.test_the_comparison_sees
 B7   a window of 1 left the last call out                   test_align.test_calls_of
-B8   steps were counted in the layers                       test_prompt_to_prompt.test_an_exception_in_a_hook_leaves_nothing_behind
-B8   some layers were not reached                           test_prompt_to_prompt.test_a_hook_sees_each_layer_once_a_call_and_every_prompt_s_row
+B8   steps were counted in the layers                       test_hooks.test_an_exception_in_a_hook_leaves_nothing_behind
+B8   some layers were not reached                           test_hooks.test_a_hook_sees_each_layer_once_a_call_and_every_prompt_s_row
 B9   a guidance of 1 cut the prompts in halves              test_prompt_to_prompt.test_the_reference_ends_at_the_same_latents
-B9   unconditional rows were edited                         test_prompt_to_prompt.test_a_hook_sees_each_layer_once_a_call_and_every_prompt_s_row
+B9   unconditional rows were edited                         test_hooks.test_a_hook_sees_each_layer_once_a_call_and_every_prompt_s_row
 B10  stored maps were views that the edit changed           test_prompt_to_prompt.test_no_later_edit_reaches_a_stored_map
 B10  maps before and after the edit were mixed up           test_prompt_to_prompt.test_before_the_edit_and_after
 B11  blends read 16 x 16 maps at every size                 test_prompt_to_prompt.test_the_reference_ends_at_the_same_latents
