@@ -147,12 +147,7 @@ def run_program(
     )
     try:
         return program(list(sys.argv[1:] if argv is None else argv)) or 0
-    except (
-        UserError,
-        OSError,
-        UserWarning,
-        ValueError,
-    ) as error:  # a UserWarning under python -W error
+    except (UserError, OSError, UserWarning) as error:  # a UserWarning under python -W error
         for sentence in getattr(error, "sentences", [error]):  # a study has several mistakes
             fail(sentence)
         return 2

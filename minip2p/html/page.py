@@ -21,6 +21,7 @@ from torch import Tensor
 from ..align import LENGTH, Alignment, Prompt, bounds
 from ..attention import Hook, Layer
 from ..edit import PromptEdit
+from ..errors import UserError
 from ..explain import Line, calls_text, explain_row
 from ..pipeline import Result
 from ..show import COLOURS
@@ -51,7 +52,7 @@ def page(result: Result, edit: Hook | None = None, names: Sequence[str] = ()) ->
     """
     store = result.store
     if store is None or store.words is not None or not store.by_call:
-        raise ValueError(
+        raise UserError(
             "A page shows every token's maps at every UNet call: keep them with store=PageStore()."
         )
     names = names or ["Source", *(f"Edit {r}" for r in range(1, len(store.prompts)))]
