@@ -121,6 +121,13 @@ class Hook:
         """Return the latents that the UNet gets at this call. latents: b 4 h w → as latents"""
         return latents
 
+    def edit_context(self, context: Tensor, prompts: int) -> Tensor:
+        """Return the context that the UNet gets at this call.
+
+        context: b 77 d_context, the `prompts` rows and the unconditional ones after them → as it
+        """
+        return context
+
     def after_step(self, latents: Tensor) -> Tensor:
         """Return the latents to go on with after the scheduler's step. latents: b 4 h w → as it"""
         return latents
@@ -196,6 +203,11 @@ class Chain(Hook):
         for hook in self.hooks:
             latents = hook.before_step(latents)
         return latents
+
+    def edit_context(self, context: Tensor, prompts: int) -> Tensor:
+        for hook in self.hooks:
+            context = hook.edit_context(context, prompts)
+        return context
 
     def after_step(self, latents: Tensor) -> Tensor:
         for hook in self.hooks:

@@ -71,3 +71,14 @@ def frechet(a: Tensor, b: Tensor) -> float:
     root = torch.linalg.eigvals(cov_a @ cov_b).real.clamp(min=0).sqrt().sum()
     distance = (a.mean(dim=0) - b.mean(dim=0)).square().sum()
     return float(distance + cov_a.trace() + cov_b.trace() - 2 * root)
+
+
+def difference_in(image: Image.Image, source: Image.Image, mask: Tensor) -> tuple[float, float]:
+    """Compute the mean difference of two pictures inside and outside of a mask, in levels of 255.
+
+    mask: h w, bool, of the pictures' size or of a map's, a whole fraction of it.
+    """
+    differences = 255 * (to_pixels(image) - to_pixels(source)).abs().mean(dim=1)[0]  # h w
+    for dim, size in enumerate(differences.shape):
+        mask = mask.cpu().repeat_interleave(size // mask.shape[dim], dim)
+    return differences[mask].mean().item(), differences[~mask].mean().item()

@@ -44,7 +44,7 @@ def denoise(
     Gradients flow where x, cond or uncond ask for them; `generate` runs without.
     """
     rows, n = len(x), len(uncond) if guidance_scale != 1 else 0
-    context = CachedContext(torch.cat([cond, uncond]) if n else cond)
+    cached = CachedContext(torch.cat([cond, uncond]) if n else cond)
     calls = len(scheduler.timesteps)
     # Tensors, because torch.compile would make a graph for each number; copied to the device here,
     # because each copy waits for the device.
@@ -53,6 +53,10 @@ def denoise(
         step_hook = None if hook is None else hook.at(call, calls, int(t))
         if step_hook is not None:
             x = step_hook.before_step(x)
+            edited = step_hook.edit_context(cached.context, rows)
+            context = cached if edited is cached.context else CachedContext(edited)
+        else:
+            context = cached
         # Prompts and unconditional rows in one UNet call, which small models do faster than two.
         model_input = torch.cat([x, x[rows - n :]]) if n else x
         unet_hook = None if step_hook is None else PromptRows(step_hook, rows)
