@@ -114,7 +114,7 @@ def explain(
     sampler = make_scheduler(model, num_inference_steps, scheduler)
     calls, skip = len(sampler.timesteps), getattr(sampler, "skip", 0)
     note = (
-        f"\n\nThe first {skip} of {skip + calls} steps are skipped: windows are fractions of the "
-        f"{calls} calls that are left."
+        f"\n\nThe first {skip} of the {skip + calls} steps are skipped: windows are fractions of "
+        f"the {calls} calls that are left."
     )
     return table(hook, calls) + (note if skip else "")

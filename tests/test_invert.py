@@ -300,7 +300,7 @@ def test_windows_are_fractions_of_the_calls_that_are_left(toy, toy_source):
     sampler = toy_source.start(toy)[1]
     table = minip2p.explain(toy, [BIRD, LION], WordSwap(0.5, 1.0), scheduler=sampler)
     assert "1 to 1 of 2" in table and "1 to 2 of 2" in table
-    assert "first 1 of 3 steps are skipped" in table and "2 calls that are left" in table
+    assert "first 1 of the 3 steps are skipped" in table and "2 calls that are left" in table
 
 
 def test_other_sizes(toy):
