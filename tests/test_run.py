@@ -125,7 +125,7 @@ def test_how_a_picture_is_inverted_is_in_the_id(tmp_path: Path):
         ({"prompts": CAT, "num_inference_steps": 1e3}, "from 1 to 999, not 1000.0"),
         ({"prompts": CAT, "scheduler": ["ddim"]}, "ddim, pndm"),
         ({"prompts": CAT, "dtype": "int8"}, "float32"),
-        ({"prompts": CAT, "model": None}, "model must be a text"),
+        ({"prompts": CAT, "model": 5}, "model must be a text"),
         ({"prompts": CAT, "source": {"method": "x"}}, "direct, edit-friendly, ddim"),
         ({"prompts": CAT, "source": {}, "eta": 1}, "leave out scheduler and eta"),
         ({"prompts": CAT, "callers_own": ["the latents"]}, "lacks the latents"),
