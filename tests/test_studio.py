@@ -1,20 +1,21 @@
-"""The studio: what a visitor's widgets mean, whose turn it is, and the page in a real browser."""
+"""The studio: from widgets to a run, whose turn it is, who gets in, and the page in a browser."""
 
 import ast
 import base64
 import contextlib
-import importlib.util
 import io
+import json
 import os
 import re
 import shlex
-import socket
+import signal
 import subprocess
 import sys
 import threading
 import time
 import urllib.error
 import urllib.request
+import warnings
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -23,67 +24,79 @@ from typing import Any
 import pytest
 import torch
 from browser import Browser, start_browser
-from PIL import Image
+from helpers import picture as read_picture
+from PIL import Image, ImageChops
 
 import minip2p
-from minip2p import LocalBlend, PromptEdit, Reweight
-from minip2p import sample as cli
-from minip2p.studio.app import OutdatedError, Studio, Visitor, main
-from minip2p.studio.wish import LIMITS, PROMPT, Wish, make_wish, rows
+from minip2p import LocalBlend, PromptEdit, Reweight, sample
+from minip2p.errors import UserError
+from minip2p.program import MEMORY
+from minip2p.run import Run, SourcePicture
+from minip2p.studio import __main__ as program
+from minip2p.studio.drawing import OutdatedError, Studio, Visitor
+from minip2p.studio.request import PROMPT, make_run, word_rows
 
 PACKAGE = Path(minip2p.__file__).parent
 BIRD = PACKAGE.parent / "docs" / "bird.png"
 SQUIRREL, LION = "a squirrel eating a burger", "a lion eating a burger"
-NUMBERS = {"steps": 3, "guidance": 4.0, "seed": 8888}
-SAID = {"all": [0, 0.8], "layout": [0, 0.6], "windows": {}, "weights": {}, "blend": {}}
+NUMBERS = {"steps": 3, "guidance": 4.0, "seed": 8888, "inversion_guidance": 1}
+SETTINGS: dict[str, Any] = {"cross_replace_steps": [0, 0.8], "self_replace_steps": [0, 0.6]}
+SETTINGS |= {"windows": {}, "weights": {}, "blend": {}}
 
 
-@pytest.fixture(scope="module")
-def model() -> minip2p.StableDiffusion:
-    return minip2p.load(device="cpu")
+@pytest.fixture
+def studio(toy, toy_folder: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Studio]:
+    with ThreadPoolExecutor(1) as executor:
+        studio = Studio(toy, executor, {"model": str(toy_folder)})
+        monkeypatch.setattr(warnings, "showwarning", studio.record_warning)
+        warnings.simplefilter("always", UserWarning)
+        yield studio
 
 
-@pytest.fixture(scope="module")
-def studio(model: minip2p.StableDiffusion) -> Iterator[Studio]:
-    with ThreadPoolExecutor(1) as hand:
-        yield Studio(model, {}, hand)
+def edit_run(studio: Studio, edited: str = LION, settings: Any = SETTINGS, **numbers: Any) -> Run:
+    return make_run(studio.model, SQUIRREL, edited, NUMBERS | numbers, settings)
 
 
-# --- what the widgets mean -----------------------------------------------------------------------
+# --- from widgets to a run -----------------------------------------------------------------------
 
 
-def test_the_widgets_are_an_edit(model):
-    """By hand: windows and weights of words that are there; what is at its default is left out."""
-    said = SAID | {
+def test_the_widgets_are_a_run(toy):
+    """Windows and weights of words that have them; what is as usual is left out."""
+    settings = SETTINGS | {
         "windows": {"lion": [0.1, 0.5], "panda": [0, 1]},  # no panda in either prompt
-        "weights": {"lion": 2, "burger": 1.0, "squirrel": 3},  # the squirrel's in the source alone
+        "weights": {"lion": 2, "burger": 1.0, "squirrel": 3},  # the squirrel is in the source alone
         "blend": {"lion": True, "squirrel": True, "burger": False},
     }
-    wish = make_wish(model, SQUIRREL, LION, NUMBERS, said)
-    edit = PromptEdit(
-        {"default_": (0.0, 0.8), "lion": (0.1, 0.5)}, (0.0, 0.6), LocalBlend(("lion", "squirrel"))
+    numbers = NUMBERS | {"inversion_guidance": 2.0}
+    run = make_run(toy, SQUIRREL, LION, numbers, settings, "bird.png", {"model": "m"})
+    windows = {"default_": (0.0, 0.8), "lion": (0.1, 0.5)}
+    edit = Reweight(
+        {"lion": 2.0}, PromptEdit(windows, (0.0, 0.6), LocalBlend(("lion", "squirrel")))
     )
-    assert wish.settings() == {
-        "prompts": [SQUIRREL, LION, LION],
-        "edit": [None, Reweight({"lion": 2.0}, edit)],
-        "num_inference_steps": 3,
-        "guidance_scale": 4.0,
-        "seed": 8888,
-    }
-    plain = make_wish(model, SQUIRREL, LION, NUMBERS, SAID).edit
-    assert plain == PromptEdit({"default_": (0.0, 0.8)}, (0.0, 0.6))
-    alone = make_wish(model, SQUIRREL, "  ", NUMBERS, SAID).settings()
-    assert (alone["prompts"], alone["edit"]) == ([SQUIRREL], None)
+    assert run == Run(
+        (SQUIRREL, LION, LION),
+        (None, edit),
+        num_inference_steps=3,
+        guidance_scale=4.0,
+        source=SourcePicture("bird.png", guidance_scale=2.0),
+        model="m",
+    )
+    alone = make_run(toy, SQUIRREL, "  ", NUMBERS, SETTINGS)
+    assert (alone.prompts, alone.edits, alone.source) == ((SQUIRREL,), (), None)
 
 
-def test_rows_are_the_words_that_can_be_named(model):
-    """Each once, whatever its case; none of only marks, none with the = that a command parts at."""
-    found = rows(model, 'the "old" man', "A man, a=b - the MAN's hat!")
-    assert [(row["name"], row["own"]) for row in found] == [
-        *(("A", True), ("man", True), ("the", True), ("MAN's", True), ("hat", True)),
-        ("old", False),
+def test_rows_are_the_words_that_can_be_named(toy):
+    """Each once in any case; none of marks alone, none with the = at which a command splits."""
+    rows = word_rows(toy, 'the "old" man', "A man, a=b - the MAN's hat!")
+    assert [(row["name"], row["place"], row["is_minor"]) for row in rows] == [
+        ("A", "edit", True),
+        ("man", "both", False),
+        ("the", "both", True),
+        ("MAN's", "edit", False),
+        ("hat", "edit", False),
+        ("old", "source", False),
     ]
-    assert rows(model, "a cat", "") == []
+    assert word_rows(toy, "a cat", "") == []
 
 
 @pytest.mark.parametrize(
@@ -92,266 +105,393 @@ def test_rows_are_the_words_that_can_be_named(model):
         ({"prompt": " "}, "Write a prompt first"),
         ({"prompt": None}, "A prompt is a string, not None"),
         ({"edited": "x" * (PROMPT + 1)}, f"at most {PROMPT} characters, not {PROMPT + 1}"),
-        ({"steps": 101}, "steps must be a whole number from 1 to 100, not 101"),
-        ({"steps": 2.5}, "steps must be a whole number from 1 to 100, not 2.5"),
-        ({"steps": None}, "steps must be a whole number from 1 to 100, not None"),
-        ({"guidance": float("nan")}, "guidance must be a number from 0 to 30, not nan"),
-        ({"seed": -1}, "seed must be a whole number from 0"),
-        ({"said": None}, "settings are a dict, not None"),
+        ({"steps": 1000}, "must be a whole number from 1 to 999, not 1000"),
+        ({"steps": 2.5}, "must be a whole number"),
+        ({"guidance": float("nan")}, "must be a number"),
+        ({"inversion_guidance": "2"}, "must be a number"),
+        ({"seed": -1}, "must be a whole number from 0"),
+        ({"settings": None}, "settings are a dict, not None"),
         ({"windows": []}, "windows are a dict"),
         ({"windows": {"lion": [0.9, 0.1]}}, "A window is a fraction"),
-        ({"windows": {"lion": "all"}}, "A window is a fraction"),
-        ({"all": None}, "A window is a fraction"),
-        ({"weights": {"lion": 11}}, "weight of 'lion' must be a number from -10 to 10, not 11"),
-        ({"weights": {"lion": "2"}}, "weight of 'lion' must be a number from -10 to 10, not '2'"),
+        ({"cross_replace_steps": None}, "A window is a fraction"),
+        ({"weights": {"lion": "2"}}, "weight"),
     ],
 )
-def test_what_is_out_of_bounds_is_refused(model, changed: dict[str, Any], sentence: str):
+def test_what_is_out_of_bounds_is_refused(toy, changed: dict[str, Any], sentence: str):
     texts = {"prompt": SQUIRREL, "edited": LION} | changed
-    numbers = NUMBERS | {k: v for k, v in changed.items() if k in LIMITS}
-    said = SAID | {k: v for k, v in changed.items() if k in SAID}
-    with pytest.raises(ValueError, match=re.escape(sentence)):
-        make_wish(model, texts["prompt"], texts["edited"], numbers, changed.get("said", said))
+    numbers = NUMBERS | {k: v for k, v in changed.items() if k in NUMBERS}
+    settings = SETTINGS | {k: v for k, v in changed.items() if k in SETTINGS}
+    with pytest.raises(UserError, match=re.escape(sentence)):
+        make_run(toy, texts["prompt"], texts["edited"], numbers,
+                 changed.get("settings", settings), "bird.png")  # fmt: skip
 
 
-WISHES = {
-    "swap": (SQUIRREL, LION, SAID | {"windows": {"lion": [0, 0.34]}}, None),
-    "everything": (
-        SQUIRREL,
-        LION,
-        {
-            "all": [0.1, 0.9],
-            "layout": [0.34, 1],
-            "windows": {"lion": [0.0, 0.29], "burger": [0.5, 0.5]},
-            "weights": {"lion": 1.7, "eating": -0.30000000000000004},
-            "blend": {"lion": True, "squirrel": True},
-        },
-        None,
-    ),
-    "refine, quotes": ('-a "cat" $HOME', "-a red 'cat's\" `$HOME` café\\", SAID, None),
-    "alone": ("a cat", "", SAID, None),
-    "picture": ("a photo of a bird", "a photo of a lion", SAID | {"blend": {"bird": True}}, BIRD),
-}
-
-
-@pytest.mark.filterwarnings("ignore:This model has never seen")
-@pytest.mark.parametrize("name", WISHES)
-def test_the_copies_repeat_the_pictures_to_the_bit(
-    studio: Studio, name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-):
-    prompt, edited, said, picture = WISHES[name]
-    numbers = NUMBERS | {"seed": 7}
-    wish = make_wish(studio.model, prompt, edited, numbers, said, picture and str(picture))
-    made = studio.draw(wish, Visitor(), 0).result
+@pytest.mark.parametrize("edited", ["", LION])
+def test_the_copies_repeat_the_pictures(studio: Studio, edited: str, tmp_path, monkeypatch):
+    """The command to the bit, Python but for rounding; both with a source picture of that name."""
     monkeypatch.chdir(tmp_path)
-    if picture:
-        (tmp_path / "bird.png").write_bytes(picture.read_bytes())
+    Path("-my bird.png").write_bytes(BIRD.read_bytes())
+    settings = SETTINGS | {
+        "windows": {"lion": [0, 0.29]},
+        "weights": {"lion": -0.30000000000000004},
+    }
+    key = studio.add_picture(BIRD.read_bytes())
+    *_, answer = studio.answer(
+        Visitor(), 1, settings, SQUIRREL, edited, {"key": key, "name": "-my bird.png"}, 3, 4, 7, 2
+    )
+    images = page_images(answer["frame"]["page"])[1:]  # without the given picture
+    assert sample.main(shlex.split(answer["command"])[3:]) == 0
+    names = ["reconstruction", "edit-1-baseline", "edit-1"] if edited else ["reconstruction"]
+    for name, image in zip(names, images, strict=True):
+        assert read_picture(f"out/{name}.png").tobytes() == image.tobytes(), name
+    assert "PageStore" not in answer["python"]
+    variables: dict[str, Any] = {}
+    exec(answer["python"], variables)
+    for image, again in zip(images, variables["result"].images, strict=True):
+        extrema = ImageChops.difference(image, again).getextrema()
+        assert max(high for _, high in extrema) <= 1
 
-    names: dict[str, Any] = {}
-    exec(wish.python({}), names)
-    assert torch.equal(names["result"].latents, made.latents)
-    assert Image.open("edit.png").tobytes() == made.images[-1].tobytes()
 
-    python, dash_m, module, *arguments = shlex.split(wish.command({}))
-    assert (python, dash_m, module) == ("python", "-m", "minip2p.sample")
-    assert cli.main(arguments) == 0
-    assert Path("out/page.html").exists()
-    if edited:
-        files = ["reconstruction" if picture else "source", "edit-1-baseline", "edit-1"]
-    else:
-        files = ["picture"]
-    for file, image in zip(files, made.images, strict=True):
-        assert Image.open(f"out/{file}.png").tobytes() == image.tobytes(), file
-
-
-def test_the_copies_load_the_same_model():
-    wish = Wish("a cat", "", NUMBERS, {}, (0, 0.6), {}, ())
-    loaded = {"source": "my folder", "device": "cuda"}
-    assert "minip2p.load(source='my folder', device='cuda')" in wish.python(loaded)
-    assert '--model "my folder" --device cuda --steps 3' in wish.command(loaded)
+def page_images(text: str) -> list[Image.Image]:
+    files = re.findall(r'<img src="data:image/\w+;base64,([^"]+)"', text)
+    return [Image.open(io.BytesIO(base64.b64decode(file))).convert("RGB") for file in files]
 
 
 # --- the latest change wins ----------------------------------------------------------------------
 
 
-def test_a_run_out_of_date_ends_within_a_step(studio: Studio):
-    """A change that is sent during the second UNet call: there is no third."""
-    visitor, calls = Visitor(), []
+def test_a_run_out_of_date_ends_at_its_next_call(studio: Studio, monkeypatch):
+    """In the inversion and in the edit; nothing is left of it for the newer change."""
+    key = studio.add_picture(BIRD.read_bytes())
+    run = make_run(studio.model, SQUIRREL, LION, NUMBERS, SETTINGS, "bird.png")
+    for last in (2, 5):  # three calls of the inversion, three of the edit
+        visitor, checks = Visitor(), []
 
-    def second(*_: Any) -> None:
-        calls.append(1)
-        if len(calls) == 2:
-            visitor.sent = 1.0
+        def check(visitor: Visitor, sent: float, last: int = last, checks: Any = checks) -> None:
+            if threading.get_ident() == studio.drawing_thread:
+                checks.append(sent)
+                visitor.sent = float(len(checks) > last)
+            Studio.check(studio, visitor, sent)
 
-    wish = make_wish(studio.model, SQUIRREL, LION, NUMBERS | {"steps": 9}, SAID)
-    with contextlib.closing(Handle(studio.model.unet.register_forward_hook(second))):
+        monkeypatch.setattr(studio, "check", check)
         with pytest.raises(OutdatedError):
-            studio.draw(wish, visitor, 0.5)
-        assert len(calls) == 2
-        studio.draw(wish, visitor, 1.0)  # the newer one: nothing is left of the other
-        assert len(calls) == 11
-    assert not studio.model.unet._forward_pre_hooks
+            studio.draw_now(run, key, visitor, 0.5)
+        assert len(checks) == last + 1
+        studio.inversions.clear()
+    assert len(studio.draw_now(run, key, Visitor(), 1).result.images) == 3
 
 
-def test_an_inversion_out_of_date_ends_within_a_step(studio: Studio):
-    visitor, calls = Visitor(), []
-    said = make_wish(
-        studio.model, "a photo of a bird", "a photo of a lion", NUMBERS, SAID, str(BIRD)
-    )
-
-    def first(*_: Any) -> None:
-        calls.append(1)
-        visitor.sent = 1.0
-
-    watched = studio.model.unet.register_forward_hook(first)
-    with contextlib.closing(Handle(watched)), pytest.raises(OutdatedError):
-        studio.draw(said, visitor, 0.5)
-    assert len(calls) == 1
-
-
-def test_a_picture_is_inverted_once_for_its_edits(studio: Studio):
-    visitor, calls = Visitor(), []
-    counted = studio.model.unet.register_forward_hook(lambda *_: calls.append(1))
-    with contextlib.closing(Handle(counted)):
-        for edited, expected in (("a photo of a lion", 3 + 3), ("a photo of a cat", 3)):
-            calls.clear()
-            wish = make_wish(studio.model, "a photo of a bird", edited, NUMBERS, SAID, str(BIRD))
-            studio.draw(wish, visitor, 0)
-            assert len(calls) == expected
+def test_a_picture_is_inverted_once_and_few_are_kept(studio: Studio, monkeypatch):
+    """What is kept is of the model's size; a key that nobody got is refused."""
+    buffer = io.BytesIO()
+    Image.new("RGB", (3000, 2000)).save(buffer, "PNG")
+    key = studio.add_picture(buffer.getvalue())
+    assert studio.pictures[key].size == (128, 128)
+    for edited in (LION, "a cat eating a burger"):
+        run = make_run(studio.model, SQUIRREL, edited, NUMBERS, SETTINGS, "bird.png")
+        studio.draw_now(run, key, Visitor(), 0)
+    assert len(studio.inversions) == 1
+    with pytest.raises(UserError, match="choose it again"):
+        studio.draw_now(run, "x", Visitor(), 0)
+    monkeypatch.setattr("minip2p.studio.drawing.MOST_PICTURES", 2)
+    keys = [studio.add_picture(BIRD.read_bytes()) for _ in range(3)]
+    assert list(studio.pictures) == keys[1:]
 
 
-class Handle:
-    def __init__(self, hook: Any):
-        self.close = hook.remove
+@pytest.mark.parametrize(
+    ("size", "sentence"), [(None, "no picture that can be read"), (9000, "has 81 million pixels")]
+)
+def test_a_picture_that_is_refused(studio: Studio, size: int | None, sentence: str):
+    buffer = io.BytesIO(b"text")
+    if size:
+        Image.new("1", (size, size)).save(buffer, "PNG")
+    with pytest.raises(UserError, match=sentence):
+        studio.add_picture(buffer.getvalue())
 
 
 def test_who_waits_for_a_turn_leaves_when_out_of_date(studio: Studio):
     """And whoever is not out of date goes on waiting, and then draws."""
-    wish, outcomes = make_wish(studio.model, SQUIRREL, "", NUMBERS, SAID), {}
+    run, outcomes = edit_run(studio, ""), {}
     visitors = {"leaves": Visitor(), "stays": Visitor()}
 
     def draw(name: str) -> None:
         try:
-            outcomes[name] = studio.draw(wish, visitors[name], 0.5)
+            outcomes[name] = studio.draw(run, "", visitors[name], 0.5)
         except OutdatedError as error:
             outcomes[name] = error
 
-    busy = threading.Event()
-    studio.hand.submit(busy.wait, 60)
+    is_free = threading.Event()
+    studio.executor.submit(is_free.wait, 60)
     try:
         threads = {name: threading.Thread(target=draw, args=(name,)) for name in visitors}
         for thread in threads.values():
             thread.start()
-        visitors["leaves"].sent = 1.0
+        studio.advance(visitors["leaves"], 1.0)
         threads["leaves"].join(timeout=10)
         assert isinstance(outcomes["leaves"], OutdatedError) and "stays" not in outcomes
     finally:
-        busy.set()
+        is_free.set()
     threads["stays"].join(timeout=60)
     assert isinstance(outcomes["stays"].result, minip2p.Result)
 
 
+def test_an_older_change_never_wins(studio: Studio):
+    """Whatever the order in which threads note them; a studio that closes draws nothing."""
+    visitor = Visitor()
+    changes = [float(n) for n in range(200)]
+    with ThreadPoolExecutor(8) as pool:
+        for change in pool.map(lambda n: swallow(studio.advance, visitor, n), changes[::-1]):
+            assert change is None
+    assert visitor.sent == 199
+    studio.is_closing = True
+    with pytest.raises(OutdatedError):
+        studio.draw(edit_run(studio), "", visitor, 300)
+
+
+def swallow(function: Callable[..., None], *arguments: Any) -> None:
+    with contextlib.suppress(OutdatedError):
+        function(*arguments)
+
+
+# --- answers -------------------------------------------------------------------------------------
+
+
+def ask(studio: Studio, visitor: Visitor, sent: Any, edited: str = LION, **more: Any) -> list[Any]:
+    numbers = (NUMBERS | more).values()
+    return list(studio.answer(visitor, sent, SETTINGS, SQUIRREL, edited, {}, *numbers))
+
+
 def test_answers(studio: Studio):
     """Rows at once, pictures and copies later; mistakes are sentences, an old change is nothing."""
-    visitor, numbers = Visitor(), list(NUMBERS.values())
-    asked = [visitor, 2.0, SAID, SQUIRREL, "a castle eating a burger", None, *numbers]
-    *first, last = studio.answer(*asked)
-    words = {"rows": rows(studio.model, asked[3], asked[4])}
+    visitor, edited = Visitor(), "a castle eating a burger"
+    *first, last = ask(studio, visitor, 2.0, edited)
+    words = {"rows": word_rows(studio.model, SQUIRREL, edited)}
     assert first == [{"words": words}, {"state": "Drawing …"}]
     assert list(last) == ["words", "state", "frame", "command", "python"]
-    assert re.match(r"\d+\.\d s\. This model has never seen castle; it knows", last["state"])
+    assert re.match(r"3 pictures, 3 steps, \d+\.\d s\. This model has never seen", last["state"])
     assert last["frame"]["page"].count("<figure id=") == 3
-    assert list(studio.answer(visitor, 1.0, *asked[2:])) == [{}]
+    assert ask(studio, visitor, 1.0) == [{}]
     for sent in ("3", None, float("nan")):
-        assert "is a number" in next(studio.answer(visitor, sent, *asked[2:]))["state"]
-    assert list(studio.answer(visitor, 3.0, SAID, " ", "", None, *numbers)) == [
-        {"state": "Write a prompt first: what the picture shows."}
-    ]
-    *_, refused = studio.answer(visitor, 4.0, SAID, SQUIRREL, LION, None, 1000, 4, 1)
-    assert refused == {"state": "The steps must be a whole number from 1 to 100, not 1000."}
-    *_, refused = studio.answer(visitor, 5.0, SAID, SQUIRREL, LION, __file__, *numbers)
-    assert "no picture that can be read" in refused["state"]
-
-
-# --- Gradio --------------------------------------------------------------------------------------
-
-
-def test_without_gradio_one_sentence_says_how_to_get_it(monkeypatch, capsys):
-    monkeypatch.setitem(sys.modules, "gradio", None)
-    assert main([]) == 2
-    said = capsys.readouterr()
-    assert said.out == "" and said.err == (
-        "The studio needs Gradio: pip install 'minip2p[studio]'.\n"
+        assert "is a number" in ask(studio, visitor, sent)[0]["state"]
+    assert "1 to 999" in ask(studio, visitor, 4.0, steps=1000)[-1]["state"]
+    *_, refused = studio.answer(
+        visitor, 5, SETTINGS, SQUIRREL, LION, {"path": "/etc/passwd"}, *NUMBERS.values()
     )
+    assert refused["state"].startswith("A picture has a key and a name")
 
 
-def test_mistakes_at_the_start_are_one_sentence(capsys):
+@pytest.mark.parametrize(
+    ("error", "sentence"),
+    [
+        (torch.OutOfMemoryError("CUDA out of memory"), MEMORY),
+        (RuntimeError("DefaultCPUAllocator: can't allocate memory"), MEMORY),
+        (MemoryError(), MEMORY),
+        (KeyError("x"), "The studio failed: KeyError. Its terminal says more."),
+    ],
+)
+def test_every_failure_is_told(studio: Studio, monkeypatch, capsys, error, sentence):
+    def fail(*_: Any) -> None:
+        raise error
+
+    monkeypatch.setattr(studio, "draw_now", fail)
+    assert ask(studio, Visitor(), 1)[-1] == {"state": sentence}
+    assert ("Traceback" in capsys.readouterr().err) == (sentence != MEMORY)
+
+
+# --- the program ---------------------------------------------------------------------------------
+
+
+def test_mistakes_at_the_start_are_one_sentence(monkeypatch, capsys):
+    monkeypatch.setitem(sys.modules, "gradio", None)
     for argv, sentence in (
-        (["--port", "70000"], "It must be a whole number from 0 to 65535, not '70000'"),
+        ([], "The studio needs Gradio: pip install 'minip2p[studio]'."),
+        (["--port", "70000"], "It must be a whole number from 0 to 65535, not 70000"),
         (["--share"], "--share"),
     ):
-        assert main(argv) == 2
-        said = capsys.readouterr()
-        assert sentence.lower() in said.err.lower() and said.err.count("\n") == 1 and not said.out
+        assert program.main(argv) == 2
+        output = capsys.readouterr()
+        assert sentence.lower() in output.err.lower()
+        assert output.err.count("\n") == 1 and not output.out
 
 
-def test_gradio_is_imported_in_one_place_and_late():
-    names = {"gradio", "fastapi", "starlette", "uvicorn"}
+def test_gradio_is_imported_by_the_studio_alone_and_late():
+    servers = {"gradio", "fastapi", "starlette", "uvicorn"}
     for path in PACKAGE.rglob("*.py"):
-        tree = ast.parse(path.read_text("utf-8"))
-        found = {
-            name.split(".")[0]
-            for node in ast.walk(tree)
-            for name in (
-                [alias.name for alias in node.names]
-                if isinstance(node, ast.Import)
-                else [node.module or ""] * (not node.level)
-                if isinstance(node, ast.ImportFrom)
-                else []
-            )
-        }
-        assert path.name == "studio.py" or not found & names, path
-    program = f"import sys, minip2p, minip2p.studio; assert not {names} & set(sys.modules)"
-    subprocess.run([sys.executable, "-c", program], check=True, timeout=120)
+        modules = set()
+        for node in ast.walk(ast.parse(path.read_text("utf-8"))):
+            if isinstance(node, ast.Import):
+                modules |= {alias.name.partition(".")[0] for alias in node.names}
+            elif isinstance(node, ast.ImportFrom) and not node.level:
+                modules.add((node.module or "").partition(".")[0])
+        assert path.parent.name == "studio" or not modules & servers, path
+    check = f"import sys, minip2p.studio.drawing; assert not {servers} & set(sys.modules)"
+    subprocess.run([sys.executable, "-c", check], check=True, timeout=120)
 
 
-# --- in a real browser ---------------------------------------------------------------------------
+class Server:
+    """The program in a process of its own, with folders of its own."""
 
-
-@pytest.fixture(scope="module")
-def address(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
-    """Of a studio in a process of its own; afterwards: what it wrote, and where."""
-    if importlib.util.find_spec("gradio") is None:
-        pytest.skip("needs Gradio: pip install 'minip2p[studio]'")
-    folder = tmp_path_factory.mktemp("studio")
-    environment = os.environ | {"GRADIO_SERVER_NAME": "0.0.0.0", "GRADIO_SHARE": "True"}
-    for name in ("HOME", "TMPDIR", "work"):
-        (folder / name).mkdir()
-        environment[name] = str(folder / name)
-    environment["PYTHONPATH"] = os.pathsep.join([str(PACKAGE.parent), *sys.path[1:]])
-    command = [sys.executable, "-B", "-m", "minip2p.studio", "--port", "0"]
-    pipes: dict[str, Any] = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
-    process = subprocess.Popen(command, cwd=folder / "work", env=environment, **pipes)
-    try:
-        assert process.stdout
-        line = process.stdout.readline()
+    def __init__(self, folder: Path, model: Path):
+        self.folder = folder
+        environment = os.environ | {"GRADIO_SERVER_NAME": "0.0.0.0", "GRADIO_SHARE": "True"}
+        for name in ("HOME", "TMPDIR", "work"):
+            (folder / name).mkdir()
+            environment[name] = str(folder / name)
+        environment["PYTHONPATH"] = os.pathsep.join([str(PACKAGE.parent), *sys.path[1:]])
+        command = [sys.executable, "-B", "-m", "minip2p.studio", "--port=0", f"--model={model}"]
+        pipes: dict[str, Any] = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT}
+        self.process = subprocess.Popen(
+            command, cwd=folder / "work", env=environment, text=True, **pipes
+        )
+        assert self.process.stdout
+        line = self.process.stdout.readline()
         found = re.fullmatch(r"The studio is at (http://127\.0\.0\.1:\d+) until Ctrl\+C\.\n", line)
-        assert found, line + process.stdout.read()
-        yield found[1]
-        outside = [path for name in ("HOME", "work") for path in (folder / name).rglob("*")]
-        assert not outside
-        assert len(list((folder / "TMPDIR").glob("minip2p-studio-*"))) == 1
-    finally:
-        process.send_signal(2)
-        with contextlib.suppress(subprocess.TimeoutExpired):
-            process.wait(timeout=20)
-        process.kill()
-    left = list((folder / "TMPDIR").rglob("minip2p-studio-*"))
-    assert not left, "the temporary folder is still there"
+        assert found, line + self.process.stdout.read()
+        self.address = found[1]
+
+    def stop(self, number: int) -> None:
+        """Stop it with an open tab. It leaves nothing, and says nothing."""
+        listening = urllib.request.urlopen(self.address + "/gradio_api/heartbeat/tab")
+        try:
+            self.process.send_signal(number)
+            assert self.process.wait(timeout=20) == 0
+            assert self.process.stdout and self.process.stdout.read() == ""
+        finally:
+            self.process.kill()
+            listening.close()
+        assert not [
+            path for name in ("HOME", "work", "TMPDIR") for path in self.folder.glob(f"{name}/*")
+        ]
+
+    def post(self, path: str, body: Any, **headers: str) -> int:
+        data = body if isinstance(body, bytes) else json.dumps(body).encode()
+        headers = {"Content-Type": "application/json"} | headers
+        request = urllib.request.Request(self.address + path, data, headers, method="POST")
+        try:
+            with urllib.request.urlopen(request, timeout=20) as answer:
+                return answer.status
+        except urllib.error.HTTPError as error:
+            return error.code
+
+
+def a_change(picture: Any, session: str = "x", fn_index: Any = 0, steps: int = 1) -> dict[str, Any]:
+    """Return what the page sends for a change."""
+    data = [None, 1, SETTINGS, SQUIRREL, LION, picture, steps, 4, 1, 1]
+    names = {"session_hash": session, "event_data": None, "trigger_id": None}
+    return {"fn_index": fn_index, "data": data} | names
 
 
 @pytest.fixture(scope="module")
-def chromium(address: str) -> Iterator[Browser]:
+def server(tmp_path_factory: pytest.TempPathFactory, toy_folder: Path) -> Iterator[Server]:
+    pytest.importorskip("gradio", reason="needs Gradio: pip install 'minip2p[studio]'")
+    server = Server(tmp_path_factory.mktemp("studio"), toy_folder)
+    try:
+        yield server
+    finally:
+        server.stop(signal.SIGINT)
+
+
+# --- who gets in ---------------------------------------------------------------------------------
+
+JOIN = "/gradio_api/queue/join"
+
+
+@pytest.mark.parametrize(
+    ("status", "request_"),
+    [
+        (None, "GET /"),
+        (None, "GET /assets/index.js"),
+        (None, f"POST {JOIN} content-length=9"),
+        (None, f"POST {JOIN} content-length=9 origin=http://127.0.0.1:7860"),
+        (400, "GET / host=evil.example:7860"),
+        (403, "GET /config origin=http://evil.example"),
+        (403, f"POST {JOIN} content-length=9 origin=http://127.0.0.1:1234"),
+        (403, "POST /picture content-length=9 origin=null"),
+        (404, "GET /gradio_api/file=/etc/passwd"),
+        (404, "GET /docs"),
+        (404, "POST /gradio_api/upload content-length=9"),
+        (404, "POST /gradio_api/run/answer content-length=9"),
+        (404, "PUT / content-length=9"),
+        (411, f"POST {JOIN}"),
+        (411, f"POST {JOIN} content-length=-1"),
+        (413, f"POST {JOIN} content-length=70000"),
+        (413, "POST /picture content-length=10485761"),
+    ],
+)
+def test_requests_are_refused_by_their_head(status: int | None, request_: str):
+    door = pytest.importorskip("minip2p.studio.door")
+    method, path, *headers = request_.split()
+    pairs = {"host": "127.0.0.1:7860"} | dict(header.split("=", 1) for header in headers)
+    encoded = [(name.encode(), value.encode()) for name, value in pairs.items()]
+    scope = {"type": "http", "method": method, "path": path, "headers": encoded}
+    assert (door.refuse(scope) or (None,))[0] == status
+
+
+FILE = {"path": "/dev/zero", "meta": {"_type": "gradio.FileData"}}
+
+
+def test_a_change_names_no_file():
+    """Nor is it nested deeply, or another function's; a word may be "path"."""
+    refuse = pytest.importorskip("minip2p.studio.door").refuse_change
+    good = a_change({})
+    good["data"][2] = SETTINGS | {"windows": {"path": [0, 1]}, "weights": {"path": 2}}
+    assert refuse(json.dumps(good).encode()) is None
+    nested = a_change({"a": [{"b": FILE}]})
+    escaped = json.dumps(a_change(FILE)).replace('"path"', '"p\\u0061th"')
+    bodies = [json.dumps(a_change(FILE)), json.dumps(nested), escaped, "", "[]", "{", '"x"']
+    bodies += [json.dumps(a_change({}, fn_index=n)) for n in (-1, 999, None, "x")]
+    bodies += ['{"fn_index": 0, "data":' + "[" * 30000 + "]" * 30000 + "}"]
+    for body in bodies:
+        assert refuse(body.encode())[0] == 400, body[:80]
+
+
+@pytest.mark.slow
+def test_strangers_are_refused_and_the_studio_goes_on(server: Server):
+    for picture in (FILE, FILE | {"path": str(BIRD)}, FILE | {"path": "http://127.0.0.1:1/x.png"}):
+        assert server.post(JOIN, a_change(picture)) == 400
+    assert server.post("/picture", b"no picture") == 400
+    assert server.post("/picture", BIRD.read_bytes(), Origin="http://evil.example") == 403
+    assert server.post("/picture", BIRD.read_bytes()) == 200
+    assert server.post(JOIN, a_change({})) == 200
+
+
+@pytest.mark.slow
+def test_many_visitors_and_many_edits(server: Server):
+    """Each of 60 at once gets an answer, and a hundred more edits do not add to the memory."""
+
+    def visit(session: str) -> None:
+        assert server.post(JOIN, a_change({}, session)) == 200
+        address = f"{server.address}/gradio_api/queue/data?session_hash={session}"
+        with urllib.request.urlopen(address, timeout=300) as messages:
+            done = next(line for line in messages if b'"process_completed"' in line)
+        assert b"3 pictures, 1 steps" in done
+
+    def memory() -> int:
+        """Return what the server holds, in pages of 4 KiB."""
+        return int(Path(f"/proc/{server.process.pid}/statm").read_text().split()[1])
+
+    with ThreadPoolExecutor(60) as pool:
+        list(pool.map(visit, [f"visitor-{n}" for n in range(60)]))
+    before = memory()
+    for n in range(100):
+        visit(f"edit-{n % 4}")
+    assert (memory() - before) * 4096 < 2**25
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["SIGTERM", "SIGHUP"])
+def test_a_signal_ends_it_in_a_run(tmp_path: Path, toy_folder: Path, name: str):
+    pytest.importorskip("gradio")
+    server = Server(tmp_path, toy_folder)
+    assert server.post(JOIN, a_change({}, steps=100)) == 200
+    server.stop(getattr(signal, name))
+
+
+# --- in a browser --------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def chromium(server: Server) -> Iterator[Browser]:
     with start_browser() as browser:
         yield browser
 
@@ -360,25 +500,24 @@ class Page:
     """The studio in one tab."""
 
     def __init__(self, browser: Browser, address: str):
-        self.browser = browser
+        self.browser, self.js = browser, browser.js
         self.tab = browser("POST", "/window/new", type="tab")["handle"]
-        self.go()
-        browser("POST", "/window/rect", width=1400, height=1300)  # no word is out of sight
-        browser("POST", "/url", url=address)
-        self.until(lambda: self.done())
+        self.show()
+        browser.resize(1400, 1300)  # no word is out of sight
+        browser.open(address)
+        self.wait_for()
 
-    def go(self) -> None:
+    def show(self) -> None:
         self.browser("POST", "/window", handle=self.tab)
         self.browser("POST", "/frame", id=None)
 
-    def js(self, script: str, *arguments: Any) -> Any:
-        return self.browser.js(script, *arguments)
+    def close(self) -> None:
+        self.show()
+        first, *_ = self.browser("DELETE", "/window")
+        self.browser("POST", "/window", handle=first)
 
     def text(self, name: str) -> str:
         return self.js(f"return document.querySelector('#{name} textarea, #{name} input').value")
-
-    def done(self) -> bool:
-        return bool(re.match(r"\d+\.\d s\.", self.text("state")))
 
     def until(self, holds: Callable[[], object], seconds: float = 90) -> None:
         end = time.monotonic() + seconds
@@ -389,28 +528,18 @@ class Page:
             assert time.monotonic() < end, self.text("state")
             time.sleep(0.02)
 
-    def drawn(self, *parts: str) -> None:
+    def wait_for(self, *parts: str) -> None:
         """Wait for the pictures of a command with these parts, in a frame that has loaded."""
-        self.until(lambda: self.done() and all(part in self.text("command") for part in parts))
+        done = r"\d pictures?, \d+ steps, \d+\.\d s\."
+        self.until(lambda: re.match(done, self.text("state")))
+        self.until(lambda: all(part in self.text("command") for part in parts))
         frames = "return [...document.querySelectorAll('#frame iframe')].map(e => e.className)"
         self.until(lambda: self.js(frames) == [""])
 
-    def close(self) -> None:
-        self.go()
-        first, *_ = self.browser("DELETE", "/window")
-        self.browser("POST", "/window", handle=first)
-
     def type(self, name: str, text: str) -> None:
-        box = self.js(f"return document.querySelector('#{name} textarea, #{name} input')")
-        (element,) = box.values()
+        (element,) = self.js(f"return document.querySelector('#{name} textarea')").values()
         self.browser("POST", f"/element/{element}/clear")
         self.browser("POST", f"/element/{element}/value", text=text)
-
-    def names(self) -> list[str]:
-        found = self.js(
-            "return [...document.querySelectorAll('#words .name')].map(e => e.textContent)"
-        )
-        return [name for name in found if name]
 
     @contextlib.contextmanager
     def frame(self) -> Iterator[None]:
@@ -421,158 +550,142 @@ class Page:
         finally:
             self.browser("POST", "/frame", id=None)
 
-    def point(self, row: int, word: int, *then: str) -> list[str]:
-        """The mouse onto a word in the frame. What the pictures' sentences say then."""
-        middle = (
-            "const r = document.querySelector(arguments[0]).getBoundingClientRect();"
-            "return [r.x, r.y, r.width / 2, r.height / 2]"
+    def click_inside(self, selector: str) -> None:
+        """Click an element of the frame."""
+        x, y = self.js(
+            "const r = document.querySelector('#frame iframe:not(.coming)')"
+            ".getBoundingClientRect(); return [r.x, r.y]"
         )
-        left, top, *_ = self.js(middle, "#frame iframe:not(.coming)")
         with self.frame():
-            x, y, dx, dy = self.js(middle, f'.word[data-row="{row}"][data-word="{word}"]')
-        self.browser.pointer(left + x + dx, top + y + dy, *then)
+            dx, dy = self.js(
+                "const r = document.querySelector(arguments[0]).getBoundingClientRect();"
+                "return [r.x + r.width / 2, r.y + r.height / 2]", selector)  # fmt: skip
+        self.browser.pointer(x + dx, y + dy, "Down", "Up")
+
+    def states(self) -> list[str]:
+        """Return the sentences below the pictures, as soon as there are any."""
         states: list[str] = []
 
         def read() -> bool:
             with self.frame():
-                states[:] = self.js(
-                    "return [...document.querySelectorAll('.state')].map(e => e.textContent)"
-                )
+                states[:] = self.browser.texts(".state")
             return all(states)
 
         self.until(read, 10)
         return states
 
     def pictures(self) -> list[bytes]:
-        """The pixels of those in the frame."""
         with self.frame():
-            sources = self.js("return [...document.querySelectorAll('figure img')].map(e => e.src)")
-        files = [io.BytesIO(base64.b64decode(source.split(",")[1])) for source in sources]
-        return [Image.open(file).convert("RGB").tobytes() for file in files]
+            text = self.js("return document.querySelector('#pictures').outerHTML")
+        return [image.tobytes() for image in page_images(text)]
 
 
 @pytest.fixture
-def tab(chromium: Browser, address: str) -> Iterator[Page]:
-    page = Page(chromium, address)
+def tab(chromium: Browser, server: Server) -> Iterator[Page]:
+    page = Page(chromium, server.address)
     yield page
     page.close()
     assert chromium.errors() == []
 
 
-def repeated(page: Page, folder: Path, monkeypatch: pytest.MonkeyPatch) -> list[bytes]:
-    """The pixels of what the copied command makes."""
-    monkeypatch.chdir(folder)
-    assert cli.main(shlex.split(page.text("command"))[3:]) == 0
-    images = {path.stem: Image.open(path).tobytes() for path in Path("out").glob("*.png")}
-    return [images[name] for name in ("source", "edit-1-baseline", "edit-1")]
-
-
 @pytest.mark.slow
-def test_type_hover_and_copy(tab: Page, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+def test_type_point_and_copy(tab: Page, server: Server, tmp_path: Path, monkeypatch):
     tab.type("edited", "a painting of a panda eating a burger")
-    tab.drawn('--to "a painting of a panda eating a burger"')
-    assert tab.names() == [
-        *("all words", "a", "painting", "of", "panda", "eating", "burger", "squirrel", "layout")
+    tab.wait_for('--to "a painting of a panda eating a burger"')
+    names = [name for name in tab.browser.texts("#words .name") if name]
+    assert names == [
+        *("cross_replace_steps", "self_replace_steps"),
+        *("a", "painting", "of", "panda", "eating", "burger", "squirrel"),
     ]
-    assert tab.js("return document.querySelector('#frame iframe').getAttribute('sandbox')") == (
-        "allow-scripts"
-    )
+    heights = "return [...document.querySelectorAll('#words .minor')].map(e => e.offsetHeight)"
+    assert tab.js(heights) == [0, 0]
+    tab.browser.click("#words .unfold")
+    assert min(tab.js(heights)) > 0
+    sandbox = "return document.querySelector('#frame iframe').getAttribute('sandbox')"
+    assert tab.js(sandbox) == "allow-scripts"
     with tab.frame():
         assert tab.js("try { parent.document } catch { return 'walled off' }") == "walled off"
-    states = tab.point(2, 5)
+    tab.click_inside('.word[data-row="2"][data-word="5"]')
+    states = tab.states()
     assert states[0].startswith("squirrel: up to") and states[2].startswith("panda: up to")
     assert "where the source looks at “squirrel” at calls 1 to 16 of 20" in states[2]
     pictures = tab.pictures()
-    assert len(set(pictures)) == 3
-    assert repeated(tab, tmp_path, monkeypatch) == pictures
+    monkeypatch.chdir(tmp_path)
+    assert sample.main(shlex.split(tab.text("command"))[3:]) == 0
+    files = ["source", "edit-1-baseline", "edit-1"]
+    assert [read_picture(f"out/{name}.png").tobytes() for name in files] == pictures
+    urls = tab.browser.fetched()
+    assert urls and all(url.startswith(server.address) for url in urls)
 
 
 @pytest.mark.slow
-def test_drag_a_window(tab: Page, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    """Every move of the mouse is a change: the last one is what is drawn."""
-    tab.drawn()
-    tab.point(2, 5, "Down", "Up")  # pinned
-    x, y, width = tab.js(
-        "const e = document.querySelector('[aria-label=\"lion: end of the window\"]');"
-        "e.scrollIntoView({block: 'center'}); const r = e.getBoundingClientRect();"
-        "return [r.x + 8 + .8 * (r.width - 16), r.y + r.height / 2, r.width]"
-    )
+def test_drag_a_window_and_choose_a_preset(tab: Page):
+    """The last of the mouse's moves is drawn; the pinned word and the switch outlive the page."""
+    tab.click_inside('.word[data-row="2"][data-word="5"]')
+    tab.click_inside("#mapped")
+    handle = "[aria-label='lion: end of the window']"
+    x, y = tab.browser.middle(handle)
+    width = tab.js("return document.querySelector(arguments[0]).offsetWidth", handle)
+    x += 0.3 * (width - 16)  # from the middle to 0.8
     tab.browser.pointer(x, y, "Down")
     for step in range(1, 21):
         tab.browser.pointer(x - step / 20 * 0.6 * width, y)
     tab.browser.pointer(x - 0.6 * width, y, "Up")
-    percent = tab.js(
-        "return document.querySelector('[aria-label=\"lion: end of the window\"]').value"
-    )
+    percent = tab.js("return document.querySelector(arguments[0]).value", handle)
     assert 0.1 < float(percent) < 0.3
-    tab.drawn(f"--cross-replace-steps lion=0.0,{percent} ")
-    with tab.frame():  # the word is pinned in the page of the new pictures, too
-        state = tab.js("return document.querySelectorAll('.state')[2].textContent")
-    assert f"at calls 1 to {int(20 * float(percent))} of 20" in state
-    assert repeated(tab, tmp_path, monkeypatch) == tab.pictures()
+    tab.wait_for(f"--cross-replace-steps lion=0,{percent} ")
+    assert f"at calls 1 to {int(20 * float(percent))} of 20" in tab.states()[2]
+    with tab.frame():
+        assert tab.js("return figures.map(f => f.classList.contains('lit'))") == [False] * 3
+    tab.click_inside("#mapped")
+    with tab.frame():
+        assert tab.js("return figures.map(f => f.classList.contains('lit'))") == [True] * 3
+    tab.browser.click("#words .presets button:nth-child(2)")
+    tab.wait_for("--cross-replace-steps 0,1 ", "lion=0,0.4", "--self-replace-steps 0,0.4")
 
 
 @pytest.mark.slow
-def test_two_visitors_at_once(tab: Page, chromium: Browser, address: str):
+def test_two_visitors_at_once(tab: Page, chromium: Browser, server: Server):
     """Each gets what he asked for, and the same as if he were alone."""
-    other = Page(chromium, address)
-    tab.go()
+    other = Page(chromium, server.address)
+    tab.show()
     tab.type("edited", "a painting of a cat eating a burger")
-    other.go()
+    other.show()
     other.type("edited", "a painting of a dog eating a burger")
-    other.drawn("of a dog eating")
-    theirs = other.pictures()
+    other.wait_for("of a dog eating")
+    dog = other.pictures()
     other.close()
-    tab.go()
-    tab.drawn("of a cat eating")
-    own = tab.pictures()
-    assert own[0] == theirs[0] and own[2] != theirs[2]
+    tab.show()
+    tab.wait_for("of a cat eating")
+    cat = tab.pictures()
+    assert cat[0] == dog[0] and cat[2] != dog[2]
     tab.type("edited", "a painting of a dog eating a burger")
-    tab.drawn("of a dog eating")
-    assert tab.pictures() == theirs
+    tab.wait_for("of a dog eating")
+    assert tab.pictures() == dog
 
 
 @pytest.mark.slow
-def test_upload_a_picture(tab: Page):
-    (element,) = tab.js("return document.querySelector('#picture input[type=file]')").values()
-    tab.type("prompt", "a photo of a bird")
-    tab.type("edited", "a photo of a lion")
+def test_upload_a_picture(tab: Page, tmp_path: Path):
+    (element,) = tab.js("return document.querySelector('#picture input')").values()
+    (tmp_path / "no picture.png").write_text("text")
+    tab.browser("POST", f"/element/{element}/value", text=str(tmp_path / "no picture.png"))
+    tab.until(lambda: "no picture that can be read" in tab.browser.texts("#picture")[0])
     tab.browser("POST", f"/element/{element}/value", text=str(BIRD))
-    tab.drawn("--image bird.png", "a photo of a lion")
-    given = tab.pictures()[0]
-    size = (128, 128)
-    assert given == minip2p.picture.read(BIRD, size).image.tobytes()
-
-
-@pytest.mark.slow
-def test_nothing_is_fetched_and_only_this_machine_is_answered(tab: Page, address: str):
-    fetched = tab.js("return performance.getEntriesByType('resource').map(e => e.name)")
-    assert fetched and all(url.startswith((address, "data:", "blob:")) for url in fetched)
-    with urllib.request.urlopen(address) as answer:
-        assert "default-src 'self'" in answer.headers["Content-Security-Policy"]
-    with pytest.raises(urllib.error.HTTPError, match="400"):
-        urllib.request.urlopen(urllib.request.Request(address, headers={"Host": "other.example"}))
-    port = int(address.rpartition(":")[2])
-    for line in Path("/proc/net/tcp").read_text().splitlines()[1:]:
-        host, _, local = line.split()[1].partition(":")
-        if int(local, 16) == port:
-            assert socket.inet_ntoa(bytes.fromhex(host)[::-1]) == "127.0.0.1"
+    tab.wait_for("--image bird.png")
+    expected = minip2p.picture.read(BIRD, (128, 128)).image.tobytes()
+    assert tab.pictures()[0] == expected
+    tab.browser.click("#picture button")
+    tab.until(lambda: "--image" not in tab.text("command"))
+    tab.wait_for()
 
 
 @pytest.mark.slow
 def test_a_phone_sees_all_of_it(tab: Page):
     """Nothing is wider than the screen."""
-    size = {"width": 390, "height": 844, "deviceScaleFactor": 1, "mobile": True}
-    tab.browser.devtools("Emulation.setDeviceMetricsOverride", **size)
-    try:
-        tab.until(lambda: tab.js("return innerWidth") == 390)
-        assert tab.js("return document.documentElement.scrollWidth") <= 390
-        with tab.frame():
-            assert tab.js("return document.documentElement.scrollWidth <= innerWidth")
-        bars = tab.js(
-            "return [...document.querySelectorAll('#words .row:not(.head) .bar')]"
-            ".map(e => e.getBoundingClientRect().width)"
-        )
-        assert min(bars) > 120
-    finally:
-        tab.browser.devtools("Emulation.clearDeviceMetricsOverride")
+    tab.browser.resize(390, 844)
+    tab.until(lambda: tab.js("return innerWidth") == 390)
+    assert tab.js("return document.documentElement.scrollWidth") <= 390
+    with tab.frame():
+        assert tab.js("return document.documentElement.scrollWidth <= innerWidth")
+    bars = "return [...document.querySelectorAll('#words .word:not(.minor) .bar')]"
+    assert min(tab.js(bars + ".map(e => e.offsetWidth)")) > 120

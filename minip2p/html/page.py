@@ -1,6 +1,8 @@
-"""A result as one HTML file to explore: hover a word to see where each picture looks at it.
+"""Write a result as one HTML file: hover a word to see where each picture looks at it.
 
-`page` fills page.html, which draws. Pictures and maps are in the file; nothing is ever fetched.
+`page` fills page.html, which draws. Pictures and maps are in the file; it fetches nothing.
+
+Shapes:  h w height and width of a map · k tokens of the source · n tokens of a word
 """
 
 from __future__ import annotations
@@ -19,9 +21,9 @@ from PIL import Image
 from torch import Tensor
 
 from ..align import LENGTH, Alignment, Prompt, bounds
-from ..attention import Hook, Layer
-from ..edit import PromptEdit
-from ..errors import UserError
+from ..attention import Layer
+from ..edit import PromptEdit, PromptToPrompt
+from ..errors import check, is_number
 from ..explain import Line, calls_text, explain_row
 from ..pipeline import Result
 from ..show import COLOURS
@@ -43,50 +45,47 @@ class PageStore(AttentionStore):
         return layer.is_cross and (layer.height, layer.width) == self.size
 
 
-def page(result: Result, edit: Hook | None = None, names: Sequence[str] = ()) -> str:
-    """The text of an HTML file with the pictures, where they look, and what was swapped when.
+def page(result: Result, edit: PromptToPrompt | None = None, names: Sequence[str] = ()) -> str:
+    """Return the HTML of a page with the pictures, their word maps, and what was swapped when.
 
-    result: of a run with store=PageStore(). edit: as it was bound to the prompts.
+    result: of a run with store=PageStore(). edit: as bound to the prompts, `result.edit`.
     names: of the pictures, instead of "Source", "Edit 1", …
-    Raises ValueError if the maps of every token at every UNet call were not kept.
+    Raises UserError if the run did not keep the maps of every token at every UNet call.
     """
     store = result.store
-    if store is None or store.words is not None or not store.by_call:
-        raise UserError(
-            "A page shows every token's maps at every UNet call: keep them with store=PageStore()."
-        )
+    check(
+        store is not None and store.words is None and store.by_call,
+        "A page shows every token's maps at every UNet call: keep them with store=PageStore().",
+    )
     names = names or ["Source", *(f"Edit {r}" for r in range(1, len(store.prompts)))]
     words = [_words(prompt) for prompt in store.prompts]
 
-    per_call = sum(map(len, words)) * math.prod(store.size)
-    shown = range(0, store.calls, math.ceil(store.calls * per_call / MAP_BYTES))
+    bytes_per_call = sum(map(len, words)) * math.prod(store.size)
+    shown = range(0, store.calls, math.ceil(store.calls * bytes_per_call / MAP_BYTES))
     maps = torch.stack([store.average(), *(store.average(call=call) for call in shown)]).cpu()
-    run: dict[str, Any] = {
+    rows: list[list[dict[str, Any]]] = [
+        [{"text": word.text} | _pack(maps[:, r, ..., word.tokens]) for word in words[r]]
+        for r in range(len(words))
+    ]
+    for r in range(1, len(words)):
+        for entry, word in zip(rows[r], words[r], strict=True):
+            entry |= _link(word, r, words[0], store, edit)
+    run = {
         "size": store.size,
         "calls": store.calls,
         "shown": list(shown),
         "colours": COLOURS.tolist(),
-        "rows": [
-            {"words": [{"text": w.text} | _pack(maps[:, r, ..., w.tokens]) for w in words[r]]}
-            for r in range(len(words))
-        ],
+        "rows": [{"words": row} for row in rows],
     }
-    for r in range(1, len(words)):
-        for entry, word in zip(run["rows"][r]["words"], words[r], strict=True):
-            entry |= _link(word, r, words[0], store, edit)
-
+    figures = [] if result.source is None else [_given_figure(result.source.picture.image)]
+    for r, prompt in enumerate(store.prompts):
+        figures.append(_figure(r, names[r], result.images[r], prompt, words[r]))
     values = {
         "title": escape(f"minip2p · {store.prompts[0].text}"),
         "calls": str(store.calls),
         "gradient": ", ".join(f"rgb({r:.0f} {g:.0f} {b:.0f})" for r, g, b in COLOURS.tolist()),
-        "figures": _given(result)
-        + "\n".join(
-            _figure(r, name, image, prompt, of_prompt)
-            for r, (name, image, prompt, of_prompt) in enumerate(
-                zip(names, result.images, store.prompts, words, strict=True)
-            )
-        ),
-        "maps": escape(_about(store, shown)),
+        "figures": "\n".join(figures),
+        "maps": escape(_describe_maps(store, shown)),
         "tables": _tables(edit, names, words, store.calls),
         "settings": _settings(result.run),
         "run": script_json(run),
@@ -99,16 +98,16 @@ def page(result: Result, edit: Hook | None = None, names: Sequence[str] = ()) ->
 
 @dataclass(frozen=True)
 class _Word:
-    """A word that can be pointed at: prompt.text[start:stop], without surrounding punctuation."""
+    """A word to point at: prompt.text[start:stop], without the punctuation around it."""
 
     text: str
     tokens: list[int]
-    start: int = 0  # 0 to 0: the begin token, or the end token with its padding
+    start: int = 0  # 0 to 0 for <begin>, and for <end> with its padding
     stop: int = 0
 
 
 def _words(prompt: Prompt) -> list[_Word]:
-    """<begin>, every word that the model sees, and <end>."""
+    """List <begin>, every word that the model sees, and <end>."""
     words = [_Word("<begin>", [0])]
     for match in re.finditer(r"\S+", prompt.text[: prompt.cut]):
         text = bare(match[0])
@@ -119,9 +118,9 @@ def _words(prompt: Prompt) -> list[_Word]:
 
 
 def _pack(maps: Tensor) -> dict[str, Any]:
-    """The maps of a word's tokens as bytes. maps: 1 + calls, h w n; the average comes first.
+    """Return the sum of a word's maps as bytes. maps: 1 + calls, h w n; the average comes first.
 
-    A byte of 255 is the `scale`: of the average its maximum, of the calls the maximum of them all.
+    "scale" says what a byte of 255 means: the maximum of the average, and that of all the calls.
     """
     maps = maps.sum(dim=-1).nan_to_num().clamp(min=0).double()  # 1 + calls, h w
     parts = [(part, part.max().item()) for part in (maps[:1], maps[1:])]
@@ -133,40 +132,46 @@ def _pack(maps: Tensor) -> dict[str, Any]:
 
 
 def _link(
-    word: _Word, r: int, source: Sequence[_Word], store: AttentionStore, edit: Hook | None
+    word: _Word,
+    r: int,
+    source: Sequence[_Word],
+    store: AttentionStore,
+    edit: PromptToPrompt | None,
 ) -> dict[str, Any]:
-    """Which of the source's words a word of prompt r belongs to, and when it takes their map."""
-    control = edit
-    if control is None or not control.exists[r].any():
-        # Without control, words still belong together: as "auto" would align them.
+    """Return which of the source's words a word of prompt r belongs to, and when it has their map.
+
+    "from" are indices of the source's words, "taken" the calls, "fate" is the page's sentence.
+    """
+    if edit is None or not edit.exists[r].any():
+        # Words belong together without control, too: as "auto" would align them.
         alignment = PromptEdit().align(store.prompts[0], store.prompts[r])
-        fate = "without control: its own map" if control else ""
-        return {"from": _belongs(word, source, alignment), "taken": [], "fate": fate}
-    belongs = _belongs(word, source, Alignment(control.mapper[r], control.exists[r]))
-    replaced = [j for j in word.tokens if control.exists[r, j]]
-    windows = bounds(control.windows[r, replaced], store.calls).unique(dim=0)
+        fate = "without control: its own map" if edit else ""
+        return {"from": _source_words(word, source, alignment), "taken": [], "fate": fate}
+    indices = _source_words(word, source, Alignment(edit.mapper[r], edit.exists[r]))
+    replaced = [j for j in word.tokens if edit.exists[r, j]]
+    windows = bounds(edit.windows[r, replaced], store.calls).unique(dim=0)
     calls = [[start, stop] for start, stop in windows.tolist() if start < stop]
-    names = " ".join(source[i].text for i in belongs)
+    names = " ".join(source[i].text for i in indices)
     fate = f"where the source looks at “{names}”" if calls else "its own map"
-    return {"from": belongs, "taken": calls, "fate": fate}
+    return {"from": indices, "taken": calls, "fate": fate}
 
 
-def _belongs(word: _Word, source: Sequence[_Word], alignment: Alignment) -> list[int]:
-    taken = (alignment.mapper * alignment.exists)[:, word.tokens]  # k n
-    return [i for i, other in enumerate(source) if taken[other.tokens].any()]
+def _source_words(word: _Word, source: Sequence[_Word], alignment: Alignment) -> list[int]:
+    mapped = (alignment.mapper * alignment.exists)[:, word.tokens]  # k n
+    return [i for i, source_word in enumerate(source) if mapped[source_word.tokens].any()]
 
 
 # --- HTML ----------------------------------------------------------------------------------------
 
 
 def _figure(r: int, name: str, image: Image.Image, prompt: Prompt, words: Sequence[_Word]) -> str:
-    parts, done = [], 0
+    parts, written = [], 0
     for n, word in enumerate(words):
         if word.stop:
-            parts.append(escape(prompt.text[done : word.start]))
-            done = word.stop
-        elif n:  # <end>: before it, what is left of the text
-            parts.append(escape(prompt.text[done : prompt.cut]))
+            parts.append(escape(prompt.text[written : word.start]))
+            written = word.stop
+        elif n:  # <end>, after the rest of the text
+            parts.append(escape(prompt.text[written : prompt.cut]))
             if prompt.cut < len(prompt.text):
                 title = f"beyond the {LENGTH} tokens that the model sees"
                 parts.append(f'<s title="{title}">{escape(prompt.text[prompt.cut :])}</s>')
@@ -191,51 +196,50 @@ def _figure(r: int, name: str, image: Image.Image, prompt: Prompt, words: Sequen
 </figure>"""
 
 
-def _given(result: Result) -> str:
-    """The picture that was given, as it is; without one, nothing."""
-    if result.source is None:
-        return ""
-    image = result.source.picture.image
+def _given_figure(image: Image.Image) -> str:
     return f"""<figure>
 <div class="picture">
 <img src="{data_uri(image)}" width="{image.width}" height="{image.height}" alt="the given picture">
 </div>
 <figcaption><p class="role">Given</p></figcaption>
-</figure>
-"""
+</figure>"""
 
 
 def _tables(
-    edit: Hook | None, names: Sequence[str], words: Sequence[Sequence[_Word]], calls: int
+    edit: PromptToPrompt | None,
+    names: Sequence[str],
+    words: Sequence[Sequence[_Word]],
+    calls: int,
 ) -> str:
-    """For each edited prompt, what table.lines says."""
-    control = edit
-    if control is None:
+    """Return a table of what `explain_row` says of each edited prompt."""
+    if edit is None:
         return ""
     tables = []
     for r in range(1, len(words)):
-        of_row = explain_row(control, r, calls)
-        if not of_row:
+        prompt_lines = explain_row(edit, r, calls)
+        if not prompt_lines:
             continue
-        weighed = any(line.weight != 1 for line in of_row)
+        has_weights = any(line.weight != 1 for line in prompt_lines)
         cells = ["Token", "Looks where the source looks at", "In the UNet’s calls", "Weight"]
-        head = "".join(f'<th scope="col">{cell}</th>' for cell in cells[: 3 + weighed])
-        body = "\n".join(_line(line, r, words[r], calls, weighed) for line in of_row)
+        head = "".join(f'<th scope="col">{cell}</th>' for cell in cells[: 3 + has_weights])
+        body = "\n".join(_line(line, r, words[r], calls, has_weights) for line in prompt_lines)
         name = escape(names[r])
         tables.append(f"""<div class="scroll" role="region" tabindex="0" aria-label="{name}">
 <table>
-<caption><b>{name}</b> · {escape(control.prompts[r].text)}</caption>
+<caption><b>{name}</b> · {escape(edit.prompts[r].text)}</caption>
 <thead><tr>{head}</tr></thead>
 <tbody>
 {body}
 </tbody>
 </table>
 </div>""")
+    if not tables:
+        return ""
     body = "\n".join(tables)
-    return body and f'<h2>What is swapped, and when</h2>\n<div id="tables">\n{body}\n</div>'
+    return f'<h2>What is swapped, and when</h2>\n<div id="tables">\n{body}\n</div>'
 
 
-def _line(line: Line, r: int, words: Sequence[_Word], calls: int, weighed: bool) -> str:
+def _line(line: Line, r: int, words: Sequence[_Word], calls: int, has_weights: bool) -> str:
     what = re.sub(r"(\d) x (\d)", r"\1 × \2", line.source) if line.token is None else line.source
     cells = [escape(what), _bar(line.calls, calls)]
     if line.token is None:
@@ -243,36 +247,46 @@ def _line(line: Line, r: int, words: Sequence[_Word], calls: int, weighed: bool)
     else:
         n = next((n for n, word in enumerate(words) if line.token in word.tokens), "")
         head, data = escape(line.name), f' data-row="{r}" data-word="{n}"'
-        cells += [f"{line.weight:g}"] * weighed
+        cells += [f"{line.weight:g}"] * has_weights
     body = "".join(f"<td>{cell}</td>" for cell in cells)
     return f'<tr{data}><th scope="row">{head}</th>{body}</tr>'
 
 
-def _bar(when: range | None, calls: int) -> str:
-    if when is None:
+def _bar(window: range | None, calls: int) -> str:
+    if window is None:
         return ""
-    bar = f'<span class="bar"><i style="--from:{when.start};--to:{when.stop}"></i></span>'
-    return bar + calls_text(when, calls)
+    bar = f'<span class="bar"><i style="--from:{window.start};--to:{window.stop}"></i></span>'
+    return bar + calls_text(window, calls)
 
 
-def _about(store: AttentionStore, shown: range) -> str:
-    """What the maps of the page are, in one or two sentences."""
+def _describe_maps(store: AttentionStore, shown: range) -> str:
     layers = sum(
         layer.is_cross and (layer.height, layer.width) == store.size for layer in store.maps
     )
-    edited = "before the edit changed them" if store.before_edit else "as the edit left them"
+    moment = "before the edit changed them" if store.before_edit else "as the edit left them"
     text = (
         f"Maps are cross-attention of {store.size[0]} × {store.size[1]}, the mean over "
-        f"{layers} layers and their heads, {edited}."
+        f"{layers} layers and their heads, {moment}."
     )
     return text if shown.step == 1 else f"{text} To keep the file small, one call in {shown.step}."
 
 
 def _settings(settings: Mapping[str, Any]) -> str:
-    lines = []
+    items = []
     for name, value in settings.items():
-        is_list = isinstance(value, list | tuple)
-        text = "\n".join(map(str, value)) if is_list else str(value)
-        shown = escape(text).replace("\n", "<br>") or "none"
-        lines.append(f"<dt>{escape(name.replace('_', ' '))}</dt><dd>{shown}</dd>")
-    return "\n".join(lines)
+        text = escape(_value_text(value)).replace("\n", "<br>")
+        items.append(f"<dt>{escape(name.replace('_', ' '))}</dt><dd>{text}</dd>")
+    return "\n".join(items)
+
+
+def _value_text(value: Any) -> str:
+    """Return a setting for people: an edit's parts in a row, a list's in lines, 0 to 0.8."""
+    if value in (None, "", [], {}):
+        return "none"
+    if isinstance(value, Mapping):
+        parts = ((name, part) for name, part in value.items() if part not in (None, [], {}))
+        return ", ".join(f"{name} {_value_text(part)}" for name, part in parts)
+    if isinstance(value, list | tuple):
+        is_window = all(is_number(part) for part in value)
+        return (" to " if is_window else "\n").join(map(_value_text, value))
+    return f"{value:g}" if isinstance(value, float) else str(value)
