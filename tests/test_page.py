@@ -27,8 +27,8 @@ from minip2p.html.page import MAP_BYTES, PageStore, page
 from minip2p.pipeline import Result
 from minip2p.show import COLOURS
 from minip2p.text import tokenize
-from minip2p.weights import SD_DEFAULTS
 from minip2p.weights.clip import load_tokenizer
+from minip2p.weights.model import SD_DEFAULTS
 
 SQUIRREL, LION = "a squirrel eating a burger", "a lion eating a burger"
 NASTY = "a x</script><script>alert(\"1\")</script>x y<!--<script>y & <b>café</b> 狗 'it' //b"
