@@ -387,7 +387,7 @@ def test_the_slider_goes_through_the_calls(browser: Browser):
     assert peaks(2, 1) != peaks(2, 2)
     browser.js("slider.value = 0; slider.dispatchEvent(new Event('input'))")
     assert browser.js(BRIGHTEST, 0)[2] < 0.75 * COLOURS[-1].sum()
-    assert "up to 30\u00a0% (centre), yellow is 40\u00a0%" in browser.texts(".state")[0]
+    assert "up to 30\u00a0% (left), yellow is 40\u00a0%" in browser.texts(".state")[0]
     browser.click("#average")
     assert browser.texts("#when") == ["average of 6 calls"]
 
