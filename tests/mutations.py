@@ -159,13 +159,14 @@ MUTATIONS = [
              "torch.cat([self.ahead[:1].to(latents), latents[1:]])", "latents",
              "test_invert.py -k row_0_is_the_reconstruction"),
     # Weights
-    Mutation("an unrelated average is taken", "weights/ema.py", "ALIKE = 0.95", "ALIKE = -2",
+    Mutation("an unrelated average is taken", "weights/ema.py",
+             "LEAST_CORRELATION = 0.95", "LEAST_CORRELATION = -2.0",
              "test_weights.py -k which_of_two_unets"),
     Mutation("distilled models begin too late", "weights/schedule.py", 'spacing = "trailing"',
              "pass", "test_schedulers.py -k distilled"),
     # Runs and sweeps
-    Mutation("settings that are None change an id", "run.py", "if value is not None}",
-             "if True}", "test_run.py -k ids_stay"),
+    Mutation("settings that are None change an id", "run.py",
+             "settled.items() if value is not None}", "settled.items()}", "test_run.py -k ids_stay"),
 ]  # fmt: skip
 
 
