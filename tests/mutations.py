@@ -138,7 +138,7 @@ MUTATIONS = [
     Mutation("pixels are cut off", "vae.py", ".round()", "", "test_known_bugs.py -k b19"),
     # Maps, pictures and files
     Mutation("stored maps are views", "store.py", "kept.append(maps.clone())", "kept.append(maps)",
-             "test_store.py test_prompt_to_prompt.py -k test_no_later_edit"),
+             "test_known_bugs.py -k b10"),
     Mutation("a store forgets nothing", "store.py", "self.maps: dict[Layer, list[Tensor]] = {}",
              "self.maps = getattr(self, 'maps', {})", P2P + "test_a_store_forgets"),
     Mutation("a file is not replaced atomically", "saved.py", "temporaries[path].replace(path)",
@@ -166,7 +166,8 @@ MUTATIONS = [
              "pass", "test_schedulers.py -k distilled"),
     # Runs and sweeps
     Mutation("settings that are None change an id", "run.py",
-             "settled.items() if value is not None}", "settled.items()}", "test_run.py -k ids_stay"),
+             "settled.items() if value is not None}", "settled.items()}",
+             "test_run.py -k ids_stay"),
 ]  # fmt: skip
 
 
