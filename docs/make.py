@@ -31,7 +31,10 @@ NOTEBOOK = ROOT / "notebooks" / "prompt_to_prompt.ipynb"
 PACKAGE = sorted((ROOT / "minip2p").rglob("*.py"))
 SAMPLE = "python -m minip2p.sample"
 WIDTH, LARGEST = 850, 140_000  # of a picture in a page: pixels, bytes
-PAGE_ARGUMENTS = "--swap squirrel=lion --seed 11 --html example.html --out example"
+PAGE_ARGUMENTS = (
+    '"a painting of a squirrel eating a burger" --swap squirrel=lion --seed 11 --steps 20 '
+    "--html example.html --out example"
+)
 
 
 # --- pages ---------------------------------------------------------------------------------------
