@@ -1,12 +1,12 @@
-"""An edit beside plain sampling, in two editions of minip2p side by side.
+"""Compare what an edit costs over plain sampling in two editions of minip2p.
 
-    git worktree add ../first 9b8a68d
-    python benchmarks/editions.py --other ../first                 the bundled model
-    python benchmarks/editions.py --other ../first --size 32 64    SD 1.5's size, random weights
+    git worktree add ../second 6d1bafa
+    python benchmarks/editions.py --other ../second                 the bundled model
+    python benchmarks/editions.py --other ../second --size 32 64    SD 1.5's size, random weights
 
-Each edition runs in a process of its own; they take turns call by call, and each call is timed in
-its process. What is printed are medians of the rounds' ratios to the plain call of the same
-edition in the same round, and of this edition's seconds to the other's.
+Each edition runs in a process of its own. They take turns call by call, and each call is timed in
+its process. Printed are medians of the rounds' ratios to the plain call of the same edition in the
+same round, and of this edition's seconds to the other's.
 """
 
 import argparse
@@ -28,9 +28,13 @@ def worker(size: int) -> None:
     import torch
 
     import minip2p
-    from minip2p import LocalBlend, WordSwap, text
-    from minip2p.attention import CachedContext, PromptRows
+    from minip2p import LocalBlend, WordSwap, attention, text
     from minip2p.edit import bind
+
+    # The names of this edition, and those of the editions before it.
+    cached_context = getattr(attention, "CachedContext", None) or attention.Words
+    prompt_rows = getattr(attention, "PromptRows", None) or attention.Guided
+    place = (25, 50, 0) if hasattr(attention, "PromptRows") else (25, 50)  # call, calls, timestep
 
     torch.set_num_threads(os.cpu_count() or 1)
     model = minip2p.load(device="cpu")
@@ -40,7 +44,9 @@ def worker(size: int) -> None:
         torch.manual_seed(0)
         unet = minip2p.unet.UNet().eval().requires_grad_(False)
     width = unet.mid_block.attentions[0].transformer_blocks[0].attn2.to_k.in_features
-    kept = CachedContext(torch.randn(2 * n, 77, width, generator=torch.Generator().manual_seed(1)))
+    context = cached_context(
+        torch.randn(2 * n, 77, width, generator=torch.Generator().manual_seed(1))
+    )
     x = torch.randn(1, 4, side, side, generator=torch.Generator().manual_seed(2))
     x = x.expand(2 * n, -1, -1, -1)
     edits = {
@@ -59,8 +65,8 @@ def worker(size: int) -> None:
     @torch.inference_mode()
     def call(name: str) -> float:
         start = time.perf_counter()
-        now = bound[name] and bound[name].at(25, 50, 0)
-        unet(x, 501, kept, now and PromptRows(now, n))
+        step_hook = bound[name] and bound[name].at(*place)
+        unet(x, 501, context, step_hook and prompt_rows(step_hook, n))
         return time.perf_counter() - start
 
     for line in sys.stdin:

@@ -273,13 +273,12 @@ def calls_table(bench: Bench, dtype: torch.dtype, size: int, edits: int, seconds
     if reference is not None:
         swap = hook_of(bench.model(unet), "word swap", edits, size)
         sides |= diffusers_sides(reference, swap.mapper[1:], size)
-    recorded = bench.recorded_unet(dtype)
-    for name, net in (("minip2p", unet), ("minip2p, recorded", recorded)):
-        sides[name] = minip2p_call(net, None, edits + 1, size)
-        for edit in EDITED:
-            # A hook of its own for each side: blends and stores sum what they read.
-            hook = hook_of(bench.model(net), edit, edits, size)
-            sides[f"{name}, {edit}"] = minip2p_call(net, hook, edits + 1, size)
+    for edit in (None, *EDITED):
+        # Each side has its own hook, since blends and stores sum what they read, and its own
+        # recorded UNet, which keeps the graphs of one context.
+        for name, net in (("minip2p", unet), ("minip2p, recorded", bench.recorded_unet(dtype))):
+            hook = hook_of(bench.model(net), edit, edits, size) if edit else None
+            sides[f"{name}, {edit}" if edit else name] = minip2p_call(net, hook, edits + 1, size)
     same_as = {
         "minip2p": "diffusers",
         "minip2p, word swap": "diffusers, written-out edit",

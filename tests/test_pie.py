@@ -2,6 +2,7 @@
 
 import json
 import sys
+from argparse import Namespace
 from pathlib import Path
 
 import numpy as np
@@ -42,14 +43,14 @@ def test_metrics_are_those_of_scikit_image(seed, share):
     a, b = noisy_pair(seed)
     mask = torch.zeros(a.height, a.width, dtype=torch.bool)
     mask[: round(share * a.height), 7:] = True
-    ours = pie.compared(a, b, mask)
+    computed = pie.compared(a, b, mask)
     keep = ~mask.numpy()[..., None]
     x, y = (np.asarray(image) / 255 * keep for image in (a, b))
     settings = {"gaussian_weights": True, "sigma": 1.5, "use_sample_covariance": False}
     whole, each = metrics.structural_similarity(
         x, y, channel_axis=-1, data_range=1.0, full=True, **settings
     )
-    theirs = {
+    expected = {
         "psnr": metrics.peak_signal_noise_ratio(x, y, data_range=1.0),
         "mse": metrics.mean_squared_error(x, y),
         "ssim": whole,
@@ -59,9 +60,9 @@ def test_metrics_are_those_of_scikit_image(seed, share):
         ),
         "valid ssim": each[5:-5, 5:-5][keep[5:-5, 5:-5, 0]].mean(),
     }
-    assert ours.keys() == theirs.keys()
-    for name, value in theirs.items():
-        assert ours[name] == pytest.approx(value, rel=1e-4, abs=1e-7), name
+    assert computed.keys() == expected.keys()
+    for name, value in expected.items():
+        assert computed[name] == pytest.approx(value, rel=1e-4, abs=1e-7), name
 
 
 def test_metrics_worked_out_by_hand():
@@ -71,10 +72,10 @@ def test_metrics_worked_out_by_hand():
     b = Image.new("RGB", (40, 40), (102, 102, 102))
     mask = torch.zeros(40, 40, dtype=torch.bool)
     mask[:, :20] = True
-    found = pie.compared(a, b, mask)
-    assert found["mse"] == pytest.approx(0.02) and found["valid mse"] == pytest.approx(0.04)
-    assert found["psnr"] == pytest.approx(16.9897, abs=1e-4)
-    assert found["valid psnr"] == pytest.approx(13.9794, abs=1e-4)
+    figures = pie.compared(a, b, mask)
+    assert figures["mse"] == pytest.approx(0.02) and figures["valid mse"] == pytest.approx(0.04)
+    assert figures["psnr"] == pytest.approx(16.9897, abs=1e-4)
+    assert figures["valid psnr"] == pytest.approx(13.9794, abs=1e-4)
     assert pie.compared(a, b, torch.ones(40, 40, dtype=torch.bool)) == {}
     assert pie.compared(a, a, mask)["psnr"] == float("inf")
 
@@ -106,12 +107,12 @@ def test_structure_distance_and_clip_score(tmp_path, monkeypatch):
         image_size=32, patch_size=8,
     )  # fmt: skip
     transformers.ViTModel(vit).save_pretrained(tmp_path / "dino")
-    measure = pie.structure_of(str(tmp_path / "dino"), "cpu")
+    measure = pie.structure_of(str(tmp_path / "dino"), Namespace(device="cpu", protocol="plain"))
     a, b = noisy_pair(1, 32, 32)
     mask = torch.zeros(32, 32, dtype=torch.bool)
     with torch.no_grad():
         assert measure(a, a, mask, "")["structure"] == 0
-        found = measure(a, b, mask, "")["structure"]
+        figures = measure(a, b, mask, "")["structure"]
         net = transformers.ViTModel.from_pretrained(tmp_path / "dino").eval()
         grams = []
         for image in (a, b):
@@ -125,8 +126,8 @@ def test_structure_distance_and_clip_score(tmp_path, monkeypatch):
             states = net(x[None], output_hidden_states=True).hidden_states
             k = to_keys(last.layernorm_before(states[-2]))[0]
             grams.append((k @ k.T) / (k.norm(dim=1)[:, None] * k.norm(dim=1)[None]))
-    assert found == pytest.approx(float((grams[0] - grams[1]).square().mean()), rel=1e-4)
-    assert found > 0
+    assert figures == pytest.approx(float((grams[0] - grams[1]).square().mean()), rel=1e-4)
+    assert figures > 0
 
     tokenizer = transformers.CLIPTokenizerFast.from_pretrained(EMOJI_TOKENIZER)
     sizes = {"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
@@ -140,19 +141,19 @@ def test_structure_distance_and_clip_score(tmp_path, monkeypatch):
         size={"shortest_edge": 30}, crop_size={"height": 30, "width": 30}
     )
     transformers.CLIPProcessor(image_processor, tokenizer).save_pretrained(tmp_path / "clip")
-    measure, scores = pie.clip_of(str(tmp_path / "clip"), "cpu"), []
+    measure, scores = pie.clip_of(str(tmp_path / "clip"), Namespace(device="cpu")), []
     net = transformers.CLIPModel.from_pretrained(tmp_path / "clip").eval()
     processor = transformers.CLIPProcessor.from_pretrained(tmp_path / "clip")
     mask[:20] = True
     black = Image.fromarray(np.asarray(b) * mask.numpy()[..., None])
     with torch.no_grad():
         for prompt in ("a photo of a cat", "a lion", "pizza", "in the snow", "a red car"):
-            found = measure(a, b, mask, prompt)
+            figures = measure(a, b, mask, prompt)
             for name, image in (("clip", b), ("clip edited", black)):
                 out = net(**processor(text=[prompt], images=[image], return_tensors="pt"))
                 cosine = float(out.logits_per_image / net.logit_scale.exp())
-                assert found[name] == pytest.approx(max(0, 100 * cosine), rel=1e-4, abs=1e-4)
-                scores.append(found[name])
+                assert figures[name] == pytest.approx(max(0, 100 * cosine), rel=1e-4, abs=1e-4)
+                scores.append(figures[name])
     assert len({round(score, 3) for score in scores if score}) >= 2
 
 
@@ -170,23 +171,27 @@ def test_the_set_has_the_published_shape(data):
             given = given.convert("RGB")
         with Image.open(data / "true_images" / item["image_path"]) as true:
             mask = pie.decoded(item["mask"], 512, 512)
-            found = pie.compared(given, true.convert("RGB"), mask)
-        assert found["valid psnr"] > 25 and 0.02 < mask.float().mean() < 0.7
+            figures = pie.compared(given, true.convert("RGB"), mask)
+        assert figures["valid psnr"] > 25 and 0.02 < mask.float().mean() < 0.7
 
 
 def run(data: Path, out: Path, *options: str) -> str:
     import contextlib
     import io
 
-    said = io.StringIO()
-    with contextlib.redirect_stdout(said):
+    printed = io.StringIO()
+    with contextlib.redirect_stdout(printed):
         pie.main([str(data), "--out", str(out), "--steps", "3", "--device", "cpu", *options])
-    return said.getvalue()
+    return printed.getvalue()
 
 
 def test_a_run_and_its_table(data, tmp_path, capsys):
-    said = run(data, tmp_path)
-    assert "direct, published" in said and "direct, 3 pictures" in said and "27.22" in said
+    printed = run(data, tmp_path)
+    assert (
+        "direct, published" in printed
+        and "direct, published, 3 pictures" in printed
+        and "27.22" in printed
+    )
     left_out = capsys.readouterr().err
     for name in ("structure distance: give --dino FOLDER", "CLIP scores: give --clip FOLDER"):
         assert f"Left out: {name}." in left_out
@@ -195,14 +200,15 @@ def test_a_run_and_its_table(data, tmp_path, capsys):
     results = [json.loads(line) for line in lines]
     for result in results:
         item = pie.read_set(data)[result["id"]]
+        file = Path("annotation_images", item["image_path"])
         given, edit = (
-            Image.open(folder / "annotation_images" / item["image_path"]).convert("RGB")
-            for folder in (data, tmp_path)
+            Image.open(path).convert("RGB")
+            for path in (data / file, (tmp_path / file).with_suffix(".jpg"))
         )
         again = pie.compared(given, edit, pie.decoded(item["mask"], 512, 512))
         assert {name: result[name] for name in again} == pytest.approx(again)
     mean = np.mean([result["psnr"] for result in results])
-    assert f"{mean:.2f}" in said.splitlines()[-1]
+    assert f"{mean:.2f}" in printed.splitlines()[-1]
 
 
 def test_an_interrupted_run_goes_on(data, tmp_path, monkeypatch):
@@ -234,7 +240,10 @@ def test_another_run_is_not_mixed_in(data, tmp_path, capsys):
 
 
 def test_folders_that_are_no_pie_bench(tmp_path, capsys):
-    for content, says in ((None, "can't be read"), ("{", "can't be read"), ('{"1": {}}', "no im")):
+    for content, says in (
+        (None, "can't be read"), ("{", "can't be read"), ('{"1": {}}', "no im"),
+        ("[]", "must be an object"), ('{"1": []}', "must be an object"),
+    ):  # fmt: skip
         if content:
             (tmp_path / "mapping_file.json").write_text(content)
         with pytest.raises(SystemExit):
@@ -249,12 +258,13 @@ def test_words_that_the_prompts_do_not_have(data, tmp_path):
     items[key]["blended_word"] = "submarine zeppelin"
     items[key]["image_path"] = str(data / "annotation_images" / items[key]["image_path"])
     (tmp_path / "mapping_file.json").write_text(json.dumps({key: items[key]}))
-    said = run(tmp_path, tmp_path / "out")
-    assert "1 without blend and weight" in said and f"{key}: " in said and "no word" in said
+    printed = run(tmp_path, tmp_path / "out", "--protocol", "plain")
+    assert (
+        "1 without blend and weight" in printed and f"{key}: " in printed and "no word" in printed
+    )
 
 
-def test_it_edits_as_published(data):
-    """What is handed to generate, seen from its settings and its bound edit."""
+def test_the_plain_edit(data):
     item = next(iter(pie.read_set(data).values()))
     old, new = item["blended_word"].split(" ")
     edit = pie.edit_of(item)
@@ -267,14 +277,114 @@ def test_it_edits_as_published(data):
     assert pie.STEPS == 50 and pie.GUIDANCE == 7.5
 
 
-def test_self_attention_up_to_twice_the_coarse_size():
-    model = minip2p.load(device="cpu")
-    prompts = ["a photo of a cat", "a photo of a dog"]
-    bound = pie.bind_to(model, prompts, minip2p.Refine(0.4, 0.6), (64, 64))[1]
-    assert bound.coarse == (32, 32) or bound.coarse == (16, 16)
-    h, w = bound.coarse
-    now, plain = pie.Wider(bound).at(0, 50, 0), bound.at(0, 50, 0)
-    for scale, theirs, ours in ((1, True, True), (2, True, False), (4, False, False)):
+PAIR = ["a photo of a cat in the snow", "a photo of a dog"]
+SNOW = {"blended_word": "cat dog"}
+
+
+def test_the_published_edit(toy):
+    """Self-attention up to twice the coarse size, maps after the weights, words of own prompts."""
+    hook, note = pie.published_edit(toy, PAIR, SNOW, (64, 64))
+    assert not note
+    h, w = hook.edit.coarse
+    first, later = hook.at(0, 50, 0), hook.at(30, 50, 0)
+    for scale, replaced in ((1, True), (2, True), (4, False)):
         layer = minip2p.Layer("x", "up", False, scale * h, scale * w)
-        assert (now.linear(layer) is not None, plain.linear(layer) is not None) == (theirs, ours)
-    assert pie.Wider(bound).at(30, 50, 0).linear(minip2p.Layer("x", "up", False, h, w)) is None
+        assert (first.linear(layer) is not None) == replaced
+        assert later.linear(layer) is None
+    edit = first.linear(minip2p.Layer("x", "up", True, h, w))
+    source, target = hook.edit.prompts
+    ((columns, _),) = edit.probes
+    expected = torch.zeros(2, 77, 2)
+    expected[0, source.find("cat"), 0] = 1
+    expected[1, target.find("dog"), 0] = 2  # its weight
+    assert torch.equal(columns.cpu(), expected)
+
+
+def test_published_padding_reads_the_text_of_a_longer_source(toy):
+    source, target = (minip2p.text.tokenize(toy.tokenizer, prompt) for prompt in PAIR)
+    alignment = pie.PublishedRefine().align(source, target)
+    own = minip2p.Refine().align(source, target)
+    text = slice(0, target.end + 1)
+    assert torch.equal(alignment.mapper[:, text], own.mapper[:, text])
+    assert torch.equal(alignment.exists[text], own.exists[text])
+    padding = range(target.end + 1, 77)
+    assert alignment.exists[padding].all() and not own.exists[target.end + 1]
+    assert torch.equal(alignment.mapper[:, padding], torch.eye(77)[:, padding])
+
+
+@pytest.mark.parametrize(
+    "words, known, weight", [("cat zebra", ["cat"], 1), ("zebra dog", ["dog"], 2)]
+)
+def test_a_published_blend_goes_by_the_word_that_there_is(toy, words, known, weight):
+    hook, note = pie.published_edit(toy, PAIR, {"blended_word": words}, (16, 16))
+    (blend,) = hook.edit.blends
+    assert not note and list(blend.spec.words) == known and hook.edit.weights.max() == weight
+    assert blend.columns.flatten(1).any(dim=1).tolist() == [known == ["cat"], known == ["dog"]]
+    hook, note = pie.published_edit(toy, PAIR, {"blended_word": "zebra zoo"}, (16, 16))
+    assert not hook.edit.blends and "zebra" in note
+
+
+def test_published_edit_friendly_runs(toy):
+    """50 steps, 12 skipped: 20 of 38 calls are int(0.4 * 50)."""
+    for prompts in (PAIR, ["a cat", "a dog"]):
+        bound = pie.edit_friendly_edit(toy, prompts, 50, 12, (16, 16))
+        is_open = [bound.at(call, 38, 0).cross is not None for call in range(38)]
+        assert sum(is_open) == 20 and is_open[:20] == [True] * 20
+        assert sum(bound.at(call, 38, 0).self_attn is not None for call in range(38)) == 30
+        assert not bound.blends and (bound.weights == 1).all()
+
+
+def test_the_published_figures_are_of_a_jpeg():
+    a, b = noisy_pair(0)
+    mask = torch.zeros(a.height, a.width, dtype=torch.bool)
+    as_png, as_jpeg = (pie.stored(b, published)[0] for published in (False, True))
+    assert pie.compared(b, as_png, mask)["mse"] == 0
+    assert pie.compared(a, as_jpeg, mask)["ssim"] < pie.compared(a, as_png, mask)["ssim"]
+
+
+def test_wrong_annotations_and_damaged_pictures_do_not_end_a_run(data, tmp_path):
+    """Each is a sentence in its picture's row, and is tried again by the next run."""
+    good, *_ = pie.read_set(data).items()
+    folder = tmp_path / "annotation_images"
+    folder.mkdir()
+    picture = Image.open(data / "annotation_images" / good[1]["image_path"])
+    picture.save(folder / "good.png")
+    (folder / "damaged.png").write_bytes((folder / "good.png").read_bytes()[:500])
+    item = good[1] | {"image_path": "good.png"}
+    faults = {
+        "one word": ({"blended_word": "cat"}, "an old and a new word, not 'cat'"),
+        "list": ({"blended_word": ["cat", "dog"]}, "an old and a new word"),
+        "odd": ({"mask": [1, 2, 3]}, "has 3 numbers"),
+        "missing": ({"image_path": "none.png"}, "none.png"),
+        "damaged": ({"image_path": "damaged.png"}, ""),
+        "prompt": ({"editing_prompt": None}, ""),
+    }
+    items = {name: item | fault for name, (fault, _) in faults.items()} | {"good": item}
+    (tmp_path / "mapping_file.json").write_text(json.dumps(items))
+    printed = run(tmp_path, tmp_path / "out")
+    assert "direct, published, 1 pictures" in printed and "6 with an error" in printed
+    _, *lines = (tmp_path / "out" / "results.jsonl").read_text().splitlines()
+    rows = {row["id"]: row for row in map(json.loads, lines)}
+    for name, (_, message) in faults.items():
+        assert message in rows[name]["error"] and "psnr" not in rows[name]
+    assert "error" not in rows["good"]
+    about = {"model": "emoji", "method": "direct", "steps": 3, "protocol": "published"}
+    assert list(pie.finished(tmp_path / "out" / "results.jsonl", about)) == ["good"]
+
+
+def test_lpips_of_a_picture_without_background_is_left_out(monkeypatch):
+    class Net:
+        def __init__(self, **_):
+            pass
+
+        def to(self, device):
+            return self
+
+        def eval(self):
+            return lambda x, y: torch.zeros(1)
+
+    monkeypatch.setitem(sys.modules, "lpips", Namespace(LPIPS=Net))
+    measure = pie.lpips_of(Namespace(device="cpu"))
+    a, b = noisy_pair(0)
+    mask = torch.ones(a.height, a.width, dtype=torch.bool)
+    assert measure(a, b, mask, "") == {} and measure(a, b, ~mask, "") == {"lpips": 0.0}
