@@ -551,16 +551,20 @@ class Page:
             self.browser("POST", "/frame", id=None)
 
     def click_inside(self, selector: str) -> None:
-        """Click an element of the frame."""
-        x, y = self.js(
-            "const r = document.querySelector('#frame iframe:not(.coming)')"
-            ".getBoundingClientRect(); return [r.x, r.y]"
-        )
-        with self.frame():
-            dx, dy = self.js(
-                "const r = document.querySelector(arguments[0]).getBoundingClientRect();"
-                "return [r.x + r.width / 2, r.y + r.height / 2]", selector)  # fmt: skip
-        self.browser.pointer(x + dx, y + dy, "Down", "Up")
+        """Click an element of the frame, as soon as neither moves any more."""
+
+        def middle() -> tuple[float, float]:
+            rect = "const r = document.querySelector(arguments[0]).getBoundingClientRect();"
+            x, y = self.js(rect + "return [r.x, r.y]", "#frame iframe:not(.coming)")
+            with self.frame():
+                dx, dy = self.js(rect + "return [r.x + r.width / 2, r.y + r.height / 2]", selector)
+            return x + dx, y + dy
+
+        places = [middle()]
+        while len(places) < 4 or len(set(places[-4:])) > 1:
+            time.sleep(0.1)
+            places.append(middle())
+        self.browser.pointer(*places[-1], "Down", "Up")
 
     def states(self) -> list[str]:
         """Return the sentences below the pictures, as soon as there are any."""
