@@ -183,7 +183,7 @@ def test_mistakes(run: Program, bird: str, name: str):
         assert run(BIRD, "--image", bird, *keep, *STEPS).status == 0
     before = contents(Path())
     done = run(*command)
-    assert done.status == 2 and done.out == "" and len(done.said) == 1, done
+    assert done.status == 2 and done.out == "" and len(done.messages) == 1, done
     for part in says:
-        assert part in done.said[0]
+        assert part in done.messages[0]
     assert contents(Path()) == before
