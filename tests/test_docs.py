@@ -213,8 +213,9 @@ def test_pictures_are_small_and_shown():
     assert sum(path.stat().st_size for path in pictures) < 2_500_000
 
 
-def test_readme_is_short():
+def test_readme_and_example_page_are_short():
     assert len(README.read_text("utf-8")) <= 9_000
+    assert (ROOT / "docs" / "example.html").stat().st_size < 1_500_000
 
 
 def test_every_name_of_googles_code_is_answered():
