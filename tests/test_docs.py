@@ -95,9 +95,9 @@ def quick(clone, monkeypatch, toy) -> None:
 # --- what runs -----------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("page", PAGES, ids=name)
+@pytest.mark.parametrize("page", [p for p in PAGES if p.name != "sweep.md"], ids=name)
 def test_python_blocks_run(page, quick):
-    run_page(page)
+    run_page(page)  # sweep.md's block reads the results of a study
 
 
 @pytest.mark.slow
