@@ -674,6 +674,8 @@ def test_upload_a_picture(tab: Page, tmp_path: Path):
     (tmp_path / "no picture.png").write_text("text")
     tab.browser("POST", f"/element/{element}/value", text=str(tmp_path / "no picture.png"))
     tab.until(lambda: "no picture that can be read" in tab.browser.texts("#picture")[0])
+    (refusal,) = tab.browser.errors()
+    assert "400" in refusal
     tab.browser("POST", f"/element/{element}/value", text=str(BIRD))
     tab.wait_for("--image bird.png")
     expected = minip2p.picture.read(BIRD, (128, 128)).image.tobytes()
