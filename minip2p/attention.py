@@ -150,8 +150,8 @@ class Chain(Hook):
         self.hooks = list(hooks)
 
     def at(self, call: int, calls: int, timestep: int) -> Hook | None:
-        active = [hook.at(call, calls, timestep) for hook in self.hooks]
-        active = [hook for hook in active if hook is not None]
+        at_call = (hook.at(call, calls, timestep) for hook in self.hooks)
+        active = [hook for hook in at_call if hook is not None]
         return Chain(active) if active else None
 
     def applies_to(self, layer: Layer) -> bool:

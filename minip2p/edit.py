@@ -283,7 +283,7 @@ class Row(NamedTuple):
 def edit_of_each(edit: Edits, n: int) -> Sequence[EditOfPrompt]:
     """Return the edits of n prompts. Raises UserError unless `edit` is one for all or n of them."""
     edit = PromptEdit() if isinstance(edit, str) and edit == "auto" else edit
-    edits = list(edit) if isinstance(edit, list | tuple) else [edit] * n
+    edits: list[Any] = list(edit) if isinstance(edit, list | tuple) else [edit] * n
     for row_edit in edits:
         check(
             not isinstance(row_edit, Hook),

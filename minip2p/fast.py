@@ -113,7 +113,7 @@ class Winograd(nn.Module):
         self.filters = [pack(matrix) for matrix in filters.float()]
 
     def forward(self, x: Tensor) -> Tensor:
-        """x: b c h w → b o h w"""
+        """Convolve x, b c h w → b o h w."""
         b, c, h, w = x.shape
         m, n, o = self.m, self.m + 2, self.out_channels
         r, s = -(-h // m), -(-w // m)
@@ -238,7 +238,7 @@ class Recorder:
     def __call__(
         self, x: Tensor, t: int | Tensor, context: Any, hook: PromptRows | None = None
     ) -> Tensor:
-        """Shapes are those of UNet.forward."""
+        """Call the UNet, or replay its recording. Shapes are those of UNet.forward."""
         state = () if hook is None else state_of(hook.hook)
         if state is None or not isinstance(context, CachedContext) or torch.is_grad_enabled():
             return self.forward(x, t, context, hook)

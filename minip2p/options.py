@@ -173,7 +173,8 @@ def parse_edits(options: argparse.Namespace) -> list[EditOfPrompt]:
         windows = [parse_window("--sweep", end) for end in ends.split(",")]
         twice = len(set(windows)) < len(windows)
         check(not twice, f"--sweep has a window twice: {options.sweep!r}.")
-        edits = [replace(edits[0], **{name: swept}) for swept in windows]
+        swept: list[dict[str, Any]] = [{name: window} for window in windows]
+        edits = [replace(edits[0], **changed) for changed in swept]
     weights = parse_weights(options.reweight)
     return [Reweight(weights, edit) if weights else edit for edit in edits]
 

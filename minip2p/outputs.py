@@ -167,12 +167,13 @@ def write_run(files: Mapping[Path, bytes]) -> None:
 # --- a picture that is made again -----------------------------------------------------------------
 
 
-def compare(path: Path, image: Image.Image, name: str, made: Mapping[str, Image.Image]) -> None:
+def compare(path: Path, image: Image.Image, name: str, pictures: Mapping[str, Image.Image]) -> None:
     """Print how far a repeated picture is from the original, unless it is the same.
 
-    path, image, name: of the original, and the name it was written under. made: by those names.
+    path, image, name: of the original, and the name it was written under. pictures: the new ones
+    by those names.
     """
-    again = made.get(name)
+    again = pictures.get(name)
     if again is None or again.size != image.size:
         complain(f"{path} was not made again: no such picture came out.")
         return

@@ -1,4 +1,4 @@
-"""What the programs share: sample, sweep and studio parse options and end in the same way.
+"""The shell of the programs: sample, sweep and studio parse options and end in the same way.
 
 Exit status: 0, 2 after a mistake of the user's, which is one line on standard error, and 130 after
 Ctrl+C. Any other error is a bug, and shows its traceback.

@@ -42,7 +42,8 @@ def edit_to_dict(edit: EditOfPrompt) -> dict[str, Any] | None:
     check(
         kind and type(edit) in (Reweight, type(plain)), f"the edit of type {type(plain).__name__}"
     )
-    cross, self_window, blend = plain.cross_replace_steps, plain.self_replace_steps, None
+    self_window, blend = plain.self_replace_steps, None
+    cross: Any = plain.cross_replace_steps
     if isinstance(cross, Mapping):
         cross = {str(word): list(window(of_word)) for word, of_word in cross.items()}
     elif cross is not None:

@@ -187,8 +187,8 @@ class Run:
             to = None if to == prompt else to
         elif edit.pop("everywhere") is False:
             edit["everywhere"] = False
-        names = "negative_prompt", "seed", "num_inference_steps", "guidance_scale", "scheduler"
-        names += "eta", "height", "width"
+        names = ["negative_prompt", "seed", "num_inference_steps", "guidance_scale"]
+        names += ["scheduler", "eta", "height", "width"]
         settled = {"weights": weights, "dtype": self.dtype, "prompt": prompt, "to": to, **edit}
         settled |= {name: getattr(self, name) for name in names}
         settled |= {"method": None, "picture": None}
@@ -220,16 +220,16 @@ class Run:
         names += ["height", "width"] if self.source else ["height", "width", "scheduler", "eta"]
         return {name: getattr(self, name) for name in names}
 
-    def generate(self, model: StableDiffusion, **more: Any) -> Result:
-        """Make the pictures. more: other arguments of `generate`; source: the picture, inverted."""
-        if self.source and more.get("source") is None:
-            more["source"] = self.invert(model)
+    def generate(self, model: StableDiffusion, **arguments: Any) -> Result:
+        """Make the pictures. arguments: others of `generate`; source: the picture, inverted."""
+        if self.source and arguments.get("source") is None:
+            arguments["source"] = self.invert(model)
         edits = list(self.edits) if any(self.edits) else None
-        return generate(model, list(self.prompts), edit=edits, **self.settings(), **more)
+        return generate(model, list(self.prompts), edit=edits, **self.settings(), **arguments)
 
-    def invert(self, model: StableDiffusion, **more: Any) -> Inversion:
-        """Invert the source picture. more: other arguments of `invert`."""
-        return invert(model, self.need_image(), self.prompts[0], **self.inversion(), **more)
+    def invert(self, model: StableDiffusion, **arguments: Any) -> Inversion:
+        """Invert the source picture. arguments: others of `invert`."""
+        return invert(model, self.need_image(), self.prompts[0], **self.inversion(), **arguments)
 
     def inversion(self) -> dict[str, Any]:
         """Return the arguments of `invert` after the image and the prompt."""

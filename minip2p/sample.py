@@ -97,8 +97,8 @@ def load_inversion(options: argparse.Namespace, run: Run) -> tuple[Inversion | N
     source = Inversion.load(path)
     settings = source.settings
     # A command asks for what it names, and the run of --repeat for everything.
-    asked = run.inversion() if options.repeat else inversion_options(options, settings["method"])
-    for name, value in asked.items():
+    wanted = run.inversion() if options.repeat else inversion_options(options, settings["method"])
+    for name, value in wanted.items():
         option = {**OPTIONS, **SOURCE_OPTIONS}.get(name, name)
         check(
             value in (None, settings[name]),
@@ -107,24 +107,24 @@ def load_inversion(options: argparse.Namespace, run: Run) -> tuple[Inversion | N
         )
     if options.image is not None:
         size = settings["height"], settings["width"]
-        given = picture.read(options.image, size, settings["fit"])
-        is_same = given.image.tobytes() == source.picture.image.tobytes()
+        read = picture.read(options.image, size, settings["fit"])
+        is_same = read.image.tobytes() == source.picture.image.tobytes()
         check(is_same, f"{path} is of another picture than {options.image}: name another file.")
-        source = replace(source, picture=given)  # with the whole of it, to put edits back
+        source = replace(source, picture=read)  # with the whole of it, to put edits back
     names = "method", "skip", "fit", "refinements", "guidance_scale"
     how = replace(run.source, **{name: settings[name] for name in names})
-    names = "num_inference_steps", "seed", "height", "width"
-    return source, replace(run, source=how, **{name: settings[name] for name in names})
+    sizes = "num_inference_steps", "seed", "height", "width"
+    return source, replace(run, source=how, **{name: settings[name] for name in sizes})
 
 
 def inversion_options(options: argparse.Namespace, method: str) -> dict[str, Any]:
     """Return the arguments of `invert` that options name, and None for the others."""
     names = "seed", "height", "width", "method", "skip", "fit"
-    asked = {name: getattr(options, name) for name in names}
-    asked |= {"num_inference_steps": options.steps, "guidance_scale": options.inversion_guidance}
-    if asked["guidance_scale"] is None and method == "edit-friendly":
-        asked["guidance_scale"] = options.guidance
-    return asked
+    wanted = {name: getattr(options, name) for name in names}
+    wanted |= {"num_inference_steps": options.steps, "guidance_scale": options.inversion_guidance}
+    if wanted["guidance_scale"] is None and method == "edit-friendly":
+        wanted["guidance_scale"] = options.guidance
+    return wanted
 
 
 # --- a run again ----------------------------------------------------------------------------------
@@ -300,8 +300,8 @@ def write(result: Result, run: Run, options: argparse.Namespace) -> dict[str, Im
 
     # All files are made before the first is written.
     files = {
-        options.out / name: png(image, {**own, **texts, "file": name})
-        for name, (image, own) in pictures.items()
+        options.out / name: png(image, {**prompt, **texts, "file": name})
+        for name, (image, prompt) in pictures.items()
     }
     if options.html:
         shown = record_of(run) | {"edits": list(map(code, run.edits)), "command": command}

@@ -67,18 +67,21 @@ def sync_folder(folder: Path) -> None:
 
 
 def write(
-    path: str | os.PathLike[str], kind: str, about: Mapping[str, Any], tensors: Mapping[str, Tensor]
+    path: str | os.PathLike[str],
+    kind: str,
+    description: Mapping[str, Any],
+    tensors: Mapping[str, Tensor],
 ) -> None:
-    """Write tensors as safetensors, with `about` as JSON in the metadata. See `write_files`."""
+    """Write tensors as safetensors with a description in the metadata. See `write_files`."""
     from safetensors.torch import save
 
-    metadata = {"format": f"minip2p {kind}", "about": json.dumps(about)}
+    metadata = {"format": f"minip2p {kind}", "about": json.dumps(description)}
     content = save({name: t.contiguous() for name, t in tensors.items()}, metadata)
     write_files({Path(path): content})
 
 
 def read(path: str | os.PathLike[str], kind: str) -> tuple[dict[str, Any], dict[str, Tensor]]:
-    """Read what `write` wrote: `about` and the tensors.
+    """Read what `write` wrote: the description and the tensors.
 
     Raises UserError for a file that is missing, damaged, or of another kind.
     """
@@ -98,10 +101,10 @@ def read(path: str | os.PathLike[str], kind: str) -> tuple[dict[str, Any], dict[
     of = metadata.get("format", "something else")
     check(of == f"minip2p {kind}", f"{path} is no minip2p {kind}: it says that it holds {of!r}.")
     try:
-        about = json.loads(metadata["about"])
-        check(isinstance(about, dict), "")
+        description = json.loads(metadata["about"])
+        check(isinstance(description, dict), "")
     except (KeyError, ValueError, RecursionError):
         raise UserError(
             f"{path} is damaged: the description of its tensors can't be read."
         ) from None
-    return about, tensors
+    return description, tensors

@@ -56,7 +56,10 @@ def alpha_bars(
 class Scheduler(Protocol):
     """A sampler of predicted noise: DDIM, PNDM, or an object of your own with these two members."""
 
-    timesteps: Sequence[int]  # which noise levels to visit, noisiest first: one UNet call each
+    @property
+    def timesteps(self) -> Sequence[int]:
+        """The noise levels to visit, noisiest first: one UNet call each."""
+        ...
 
     def step(self, eps: Tensor, t: int, x: Tensor) -> Tensor:
         """Return the latent at the next level.

@@ -88,7 +88,7 @@ class Embeddings(nn.Module):
         self.position_embedding = nn.Embedding.from_pretrained(positions, freeze=False)
 
     def forward(self, ids: Tensor) -> Tensor:
-        """ids: b k → b k d"""
+        """Embed tokens. ids: b k → b k d"""
         return self.token_embedding(ids) + self.position_embedding.weight[: ids.shape[1]]
 
 
@@ -104,7 +104,7 @@ class CausalSelfAttention(nn.Module):
         self.out_proj = nn.Linear(d, d)
 
     def forward(self, x: Tensor) -> Tensor:
-        """x: b k d → b k d"""
+        """Let each token look at those before it. x: b k d → b k d"""
         q, k, v = (
             projected.unflatten(-1, (self.heads, -1)).transpose(1, 2)  # b heads k d/heads
             for projected in (self.q_proj(x), self.k_proj(x), self.v_proj(x))
@@ -159,7 +159,7 @@ class TextEncoder(nn.Module):
         self.final_layer_norm = nn.LayerNorm(hidden_size)
 
     def forward(self, ids: Tensor) -> Tensor:
-        """ids: b k → b k d, the last layer's output after the final norm.
+        """Return the last layer's output after the final norm. ids: b k → b k d
 
         There is no mask for padding: SD 1.x was trained to see it.
         """

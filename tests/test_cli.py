@@ -182,7 +182,7 @@ MISTAKES: list[tuple[str, ...]] = [
     ("'a cat' --model {there}/empty.safetensors", "empty.safetensors", "safetensors"),
     ("'a cat' --model {there}/folder.safetensors", "folder.safetensors", "unet/"),
     ("'a cat' --model {there}/torch.ckpt", "torch.ckpt", "pickle", ".safetensors"),
-    ("'a cat' --model {there}/cut", "vae", "bytes", "again"),
+    ("'a cat' --model {there}/cut", "vae", "damaged", "again"),
     ("'a cat' --model {there}/json", "config.json", "JSON"),
     ("'a cat' --model {there}/speechless", "speechless", "tokenizer"),
     ("'a cat' --model owner/name", "owner/name", "offline"),

@@ -195,6 +195,7 @@ def counter() -> Iterator[object]:
     torch._dynamo.reset()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "edit, graphs",
     [

@@ -676,7 +676,7 @@ def test_a_mask_of_everything_is_no_blend_and_of_nothing_an_error(model):
         return generate(model, [SQUIRREL, LION], WordSwap(0.8, 0.4, blend)).latents
 
     assert torch.equal(run(LocalBlend(mask=torch.ones(16, 16))), run(None))
-    with pytest.raises(ValueError, match="mask selects nothing: its numbers go from 0 to 0"):
+    with pytest.raises(ValueError, match="mask selects nothing: it has numbers from 0 to 0"):
         run(LocalBlend(mask=torch.zeros(64, 64)))
 
 

@@ -303,7 +303,7 @@ def test_every_class_of_diffusers(name):
         assert line.startswith(f"{CONFIG} asks for {name}: DDIM takes its place")
         assert ("--steps 8 --guidance 1" in line) == (name in FEW_STEPS)
     else:
-        refused(name, f"_class_name = {name}, as models of another noise")
+        refused(name, f"_class_name = {name}, where Stable Diffusion 1.x has")
 
 
 def refused(name: Any, message: str, **fields: Any) -> None:
@@ -329,7 +329,9 @@ def test_classes_that_nobody_knows_are_refused(name):
 
 @pytest.mark.parametrize("name", ["DPMSolverMultistepScheduler", "UniPCMultistepScheduler"])
 def test_a_flow_in_the_clothes_of_another_class_is_refused(name):
-    refused(name, "use_flow_sigmas = True, as flow-matching models", use_flow_sigmas=True)
+    refused(
+        name, "use_flow_sigmas = True, where Stable Diffusion 1.x has False", use_flow_sigmas=True
+    )
 
 
 @pytest.mark.parametrize("name", sorted(FEW_STEPS))

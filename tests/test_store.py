@@ -102,8 +102,11 @@ def test_a_second_run_that_fails_leaves_them_too(model):
 
 
 def test_results_without_a_store_have_none(model):
-    assert generate(model, False).attention is None
-    assert generate(model, None).attention is None
+    for store in (False, None):
+        result = generate(model, store)
+        assert result.store is None
+        with pytest.raises(minip2p.UserError, match="store=True"):
+            _ = result.attention
 
 
 # --- in a file -----------------------------------------------------------------------------------

@@ -168,6 +168,7 @@ def test_what_is_looked_up_is_left_to_adamw():
     assert len(muon) + len(adamw) == len(list(modules.parameters()))
 
 
+@pytest.mark.slow
 def test_a_trained_folder_loads_here_and_in_diffusers(folder):
     model = minip2p.load(folder)
     assert model.vocabulary == tuple(SMALL.words)
@@ -189,6 +190,7 @@ def test_a_trained_folder_loads_here_and_in_diffusers(folder):
     assert torch.allclose(ours, theirs, atol=1e-3)
 
 
+@pytest.mark.slow
 def test_training_again_changes_nothing(folder):
     before = {path: path.read_bytes() for path in folder.rglob("*.safetensors")}
     train.run(0, TINY, folder, count=1, port=0)
@@ -255,6 +257,7 @@ def test_crops_are_squares_of_the_pictures():
 
 
 @pytest.mark.parametrize("world", [FULL, SMALL], ids=lambda world: world.name)
+@pytest.mark.slow
 def test_every_word_is_as_many_tokens_as_it_should_be(world, folder):
     tokenizer = load_tokenizer(folder / "tokenizer")
     assert len(tokenizer) == len(json.loads((folder / "tokenizer" / "vocab.json").read_text()))
@@ -264,6 +267,7 @@ def test_every_word_is_as_many_tokens_as_it_should_be(world, folder):
         assert tokens == [*pieces[:-1], pieces[-1] + "</w>"]
 
 
+@pytest.mark.slow
 def test_columns_are_those_of_the_words(folder):
     tokenizer = load_tokenizer(folder / "tokenizer")
     scenes = [sample(SMALL, seed) for seed in range(200)]

@@ -88,8 +88,8 @@ def make_widgets(studio: Studio) -> tuple[dict[str, Any], list[Any]]:
             apply_default_css=False,
         )
 
-    def box(name: str, value: str, label: str, **more: Any) -> Any:
-        return gr.Textbox(value, label=label, elem_id=name, min_width=280, **more)
+    def box(name: str, value: str, label: str, **arguments: Any) -> Any:
+        return gr.Textbox(value, label=label, elem_id=name, min_width=280, **arguments)
 
     def slider(name: str, low: float, high: float, value: float, step: float, label: str) -> Any:
         # A narrower one would scroll.

@@ -73,9 +73,9 @@ def sweep(study: Sequence[StudyRun], options: argparse.Namespace) -> int:
             todo = table.unmade(runs, suffixes(options))
             table.drop({run.id for run in todo})
             with tqdm(total=len(runs), initial=len(runs) - len(todo), unit="run") as bar:
-                for made in work(grouped(todo, options.batch)):
-                    table.add(made)
-                    bar.update(len(made))
+                for results in work(grouped(todo, options.batch)):
+                    table.add(results)
+                    bar.update(len(results))
     errors = [row for run in runs if "error" in (row := table.rows[run.id])]
     say(f"{table.path}: {len(runs)} runs, {len(todo)} of them new, {len(errors)} with an error")
     for row in errors[:1]:

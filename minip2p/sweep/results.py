@@ -48,8 +48,8 @@ class Table:
         def is_complete(name: str) -> bool:
             return all(is_whole(self.folder / f"{name}{suffix}") for suffix in suffixes)
 
-        made = {id for id, row in self.rows.items() if "error" not in row}
-        unmade = {run.id for run in runs if run.id not in made or not is_complete(run.id)}
+        made_ids = {id for id, row in self.rows.items() if "error" not in row}
+        unmade = {run.id for run in runs if run.id not in made_ids or not is_complete(run.id)}
         sources = {run.source for run in runs if run.id in unmade}
         for run in runs:
             if run.source not in sources and not is_complete(run.source):
@@ -67,13 +67,13 @@ class Table:
             if is_id(path.stem[1:]):
                 path.unlink()
 
-    def add(self, made: Iterable[tuple[Row, Files]]) -> None:
+    def add(self, results: Iterable[tuple[Row, Files]]) -> None:
         """Write the files of some runs, then their rows, and wait until the disk has them."""
         rows, new_files = [], dict[Path, bytes]()
-        for row, files in made:
+        for row, files in results:
             rows.append(row)
             for name, content in files.items():
-                # A source comes with each of its groups, and stays as the first of them made it.
+                # A source comes with each of its groups, and stays as the first of them results it.
                 if name.startswith(row["id"]) or not is_whole(self.folder / name):
                     new_files[self.folder / name] = content
         write(new_files)

@@ -55,7 +55,7 @@ class Worker:
         except Exception as error:
             message = f"{type(error).__name__}: {error}"
         if len(runs) > 1:
-            return [made for run in runs for made in self.run([run])]
+            return [result for run in runs for result in self.run([run])]
         return [(runs[0].row | {"error": message}, {})]
 
     def make(self, runs: Sequence[SweepRun]) -> list[tuple[Row, Files]]:
@@ -82,17 +82,17 @@ class Worker:
         }
         images, latents = result.images, result.latents
         place = {run.id: r for r, run in enumerate(edits, 1)}
-        made: list[tuple[Row, Files]] = []
+        results: list[tuple[Row, Files]] = []
         for run in runs:
             row, files = run.row | shared, dict[str, bytes]()
             if run.is_edit:
                 r = place[run.id]
                 row |= measure(images[0], images[r], result.store, r, words[run.id])
                 files = self.files(run.id, images[r], latents[r])
-            if not made:
+            if not results:
                 files = self.files(run.source, images[0], latents[0]) | files
-            made.append((row, files))
-        return made
+            results.append((row, files))
+        return results
 
     def inversion(self, run: Run) -> Inversion | None:
         """Invert the picture of a run, once for all runs of the same inversion."""
