@@ -594,7 +594,7 @@ def test_half_precision_on_a_gpu(bird):
         assert torch.equal(out.latents[0].cpu(), exact.trajectory[-1])
         settings = {"num_inference_steps": 20, "method": "ddim", "refinements": 3}
         plain = invert(model, bird, BIRD, **settings)
-        back = minip2p.generate(model, BIRD, source=plain, guidance_scale=1).latents[0]
+        back = minip2p.generate(model, BIRD, source=plain, guidance_scale=1).latents[0].cpu()
         errors[dtype] = difference(back, plain.trajectory[-1])
     print(errors)
     assert errors[torch.float16] < errors[torch.float32] + 0.02
