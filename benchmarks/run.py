@@ -393,7 +393,8 @@ from minip2p import show, text
 model = minip2p.load(device="cpu"); lap()
 prompts = ["a squirrel eating a burger", "a lion eating a burger"]
 text.encode(model.text_encoder, [text.tokenize(model.tokenizer, p) for p in prompts]); lap()
-decode, minip2p.sample.decode = minip2p.sample.decode, lambda *given: (lap(), decode(*given))[1]
+decode = minip2p.pipeline.decode_latents
+minip2p.pipeline.decode_latents = lambda *args: (lap(), decode(*args))[1]
 result = minip2p.generate(model, prompts, edit=minip2p.WordSwap(), seed=8888); lap()
 from pathlib import Path
 for i, image in enumerate(result.images): image.save(Path(sys.argv[1]) / f"{i}.png")
