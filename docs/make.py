@@ -68,7 +68,8 @@ def is_excerpt(block: str) -> bool:
 def run_page(page: Path) -> list[str]:
     """Run a page's Python blocks in order, in one namespace. Return the values that changed.
 
-    A line `print(...)  # value` shows its value; other printed lines are returned, too.
+    A line `print(...)  # value` shows its value, and in a loop `value, then value`. Other printed
+    lines are returned, too.
     """
     changed: list[str] = []
     namespace: dict[str, object] = {"__name__": "docs"}
@@ -79,7 +80,8 @@ def run_page(page: Path) -> list[str]:
         code = compile("\n" * (line - 1) + block, str(page), "exec")
         with contextlib.redirect_stdout(printed):
             exec(code, namespace)
-        shown = re.findall(r"^ *print\(.*\)  # (?:.*: )?(.*)$", block, re.MULTILINE)
+        comments = re.findall(r"^ *print\(.*\)  # (?:.*: )?(.*)$", block, re.MULTILINE)
+        shown = [value for comment in comments for value in comment.split(", then ")]
         for expected, value in zip(shown, printed.getvalue().splitlines(), strict=False):
             if value != expected:
                 changed.append(f"{page.name}:{line} says {expected}, printed {value}")
