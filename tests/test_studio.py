@@ -471,7 +471,7 @@ def test_sixty_visitors_at_once_get_an_answer(server: Server):
 
 
 @pytest.mark.slow
-@pytest.mark.xfail(strict=True, reason="grows by 0.4 to 0.6 MB an edit; the cause is not known")
+@pytest.mark.xfail(reason="grows by 0.4 to 0.6 MB an edit; the cause is not known")
 def test_a_hundred_edits_do_not_add_to_the_memory(server: Server):
     def memory() -> int:
         """Return what the server holds, in pages of 4 KiB."""
