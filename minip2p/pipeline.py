@@ -50,13 +50,12 @@ def denoise(
     # because each copy waits for the device.
     timesteps = [torch.as_tensor(t, device=x.device) for t in scheduler.timesteps]
     for call, t in enumerate(scheduler.timesteps):
-        step_hook = None if hook is None else hook.at(call, calls, int(t))
+        step_hook, context = None if hook is None else hook.at(call, calls, int(t)), cached
         if step_hook is not None:
             x = step_hook.before_step(x)
             edited = step_hook.edit_context(cached.context, rows)
-            context = cached if edited is cached.context else CachedContext(edited)
-        else:
-            context = cached
+            if edited is not cached.context:
+                context = CachedContext(edited)
         # Prompts and unconditional rows in one UNet call, which small models do faster than two.
         model_input = torch.cat([x, x[rows - n :]]) if n else x
         unet_hook = None if step_hook is None else PromptRows(step_hook, rows)
@@ -155,7 +154,8 @@ def generate(
 
     tokens, hook = bind_edit(model, prompts, edit, (h, w))
     store = settings.as_store(store)
-    run_hooks = [source and source.hold_source(), hook, *hooks]
+    hold_source = None if source is None else source.hold_source()
+    run_hooks = [hold_source, hook, *hooks]
     if store is not None:
         run_hooks.insert(1 if store.before_edit else len(run_hooks), store)
     run_hooks = [run_hook for run_hook in run_hooks if run_hook is not None]
@@ -166,7 +166,7 @@ def generate(
     settings.check_finite("The text encoder's output", cond, model.dtype)
     uncond = text.encode(model.text_encoder, [text.tokenize(model.tokenizer, negative_prompt)])
     # A source row that is put back after each step needs no guidance.
-    n = len(prompts) - (source is not None and source.hold_source() is not None)
+    n = len(prompts) - (hold_source is not None)
     uncond = uncond.expand(n, -1, -1)
     steps = denoise(model.unet, sampler, x, cond, uncond, guidance, Chain(run_hooks))
     calls = len(sampler.timesteps)
