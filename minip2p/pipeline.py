@@ -155,10 +155,10 @@ def generate(
     tokens, hook = bind_edit(model, prompts, edit, (h, w))
     store = settings.as_store(store)
     hold_source = None if source is None else source.hold_source()
-    run_hooks = [hold_source, hook, *hooks]
+    in_order = [hold_source, hook, *hooks]
     if store is not None:
-        run_hooks.insert(1 if store.before_edit else len(run_hooks), store)
-    run_hooks = [run_hook for run_hook in run_hooks if run_hook is not None]
+        in_order.insert(1 if store.before_edit else len(in_order), store)
+    run_hooks = [run_hook for run_hook in in_order if run_hook is not None]
     for run_hook in run_hooks:
         run_hook.begin(tokens, model.unet.coarse_size(h, w), model.device)
 
