@@ -1,5 +1,10 @@
 """Stable Diffusion 1.x and Prompt-to-Prompt, small enough to read in one sitting."""
 
+from . import program
+
+if program.is_running():  # never in a process that only imports minip2p
+    program.begin()  # before torch is imported
+
 from . import fast, show
 from .align import Alignment, Prompt
 from .attention import Hook, Layer

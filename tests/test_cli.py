@@ -25,7 +25,7 @@ import minip2p
 from minip2p import sample, saved, show
 from minip2p.options import make_parser, make_run
 from minip2p.outputs import png
-from minip2p.program import printable, run_program
+from minip2p.program import begin, end_at_once, is_running, printable, run_program
 from minip2p.run import Run
 
 PACKAGE = Path(minip2p.__file__).parent
@@ -33,11 +33,12 @@ SQUIRREL = "a painting of a squirrel eating a burger"
 Program = Callable[..., Outcome]
 
 
-def start(*words: str, cwd: Path, code: str | None = None) -> subprocess.Popen[str]:
-    """Start the command, or other Python code, in a process of its own."""
-    program = ["-m", "minip2p.sample"] if code is None else ["-c", code]
+def start(
+    *words: str, cwd: Path, code: str | None = None, program: str = "-m minip2p.sample"
+) -> subprocess.Popen[str]:
+    """Start a program, or other Python code, in a process of its own."""
     return subprocess.Popen(
-        [sys.executable, *program, *words],
+        [sys.executable, *(program.split() if code is None else ["-c", code]), *words],
         cwd=cwd,
         env={**os.environ, "PYTHONPATH": str(PACKAGE.parent), "PYTHONIOENCODING": "ascii"},
         stdout=subprocess.PIPE,
@@ -545,6 +546,70 @@ def test_an_interruption_while_sampling(tmp_path: Path):
     assert outcome.status == 130 and outcome.out == ""
     assert len(outcome.messages) == 1 and outcome.messages[0].startswith("Interrupted")
     assert contents(tmp_path) == {}
+
+
+@pytest.mark.parametrize(
+    ("program", "module"),
+    [
+        ("minip2p", "numpy"),
+        ("minip2p.sample", "torch"),
+        ("minip2p.sweep", "minip2p.pipeline"),
+        ("minip2p.studio", "minip2p.studio.request"),
+    ],
+)
+def test_an_interruption_of_the_imports(tmp_path: Path, program: str, module: str):
+    """After this module: one line, and the shell's status of Ctrl+C."""
+    process = start(cwd=tmp_path, program=f"-X importtime -m {program}")
+    while not re.search(rf"\| +{module}\n", line := process.stderr.readline()):
+        assert process.poll() is None, line
+    process.send_signal(signal.SIGINT)
+    out, err = process.communicate(timeout=60)
+    messages = [line for line in err.splitlines() if not line.startswith("import time:")]
+    assert (process.returncode, out, messages) == (130, "", ["Interrupted."])
+
+
+@pytest.mark.parametrize(
+    ("command", "expected"),
+    [
+        ("python -m minip2p a", True),
+        ("python -m minip2p.sweep study.toml", True),
+        ("python -B -mminip2p.sample -m x", True),
+        ("/usr/bin/python3 /usr/bin/minip2p a", True),
+        ("python -m pytest tests", False),
+        ("python -m thesis minip2p", False),
+        ("python thesis.py minip2p", False),
+        ("python", False),
+    ],
+)
+def test_programs_alone_prepare_their_process(monkeypatch, command: str, expected: bool):
+    """The environment and the signals of other people's processes stay what they are."""
+    words = command.split()
+    start = next((i for i, word in enumerate(words) if word.startswith("-m")), 0)
+    arguments = ["-m", *words[start + 2 - (words[start] != "-m") :]] if start else words[1:]
+    monkeypatch.setattr(sys, "orig_argv", words)
+    monkeypatch.setattr(sys, "argv", arguments or [""])
+    assert is_running() == expected
+
+
+def test_how_a_program_begins(monkeypatch):
+    """A setting of the user's stays, and where Ctrl+C is ignored, it stays ignored."""
+    monkeypatch.setattr("warnings.formatwarning", None)
+    monkeypatch.setenv("GOMP_SPINCOUNT", "5")
+    before = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    try:
+        begin()
+        assert os.environ["GOMP_SPINCOUNT"] == "5"
+        assert signal.getsignal(signal.SIGINT) == signal.SIG_IGN
+        monkeypatch.delenv("GOMP_SPINCOUNT")
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+        begin()
+        assert os.environ["GOMP_SPINCOUNT"] == "1000"
+        assert signal.getsignal(signal.SIGINT) == end_at_once
+        assert run_program(lambda argv: None, []) == 0
+        assert signal.getsignal(signal.SIGINT) == signal.default_int_handler
+    finally:
+        signal.signal(signal.SIGINT, before)
+        os.environ.pop("GOMP_SPINCOUNT", None)
 
 
 def test_a_reader_who_has_seen_enough(tmp_path: Path):

@@ -45,10 +45,7 @@ def run(argv: Sequence[str]) -> None:
     parser.add_argument("--device", help="cpu, cuda, mps; by default the fastest that is there")
     parser.add_argument("--port", type=number(PORTS), default=7860, help="0: any free one")
     args = parser.parse_args(argv)
-    with (
-        contextlib.suppress(KeyboardInterrupt),  # the usual way to end it
-        tempfile.TemporaryDirectory(prefix="minip2p-", ignore_cleanup_errors=True) as folder,
-    ):
+    with tempfile.TemporaryDirectory(prefix="minip2p-", ignore_cleanup_errors=True) as folder:
         os.environ.update(GRADIO_TEMP_DIR=folder, GRADIO_ANALYTICS_ENABLED="False")
         # matplotlib, which Gradio imports, and torch keep files of their own.
         os.environ.update(MPLCONFIGDIR=folder, TORCHINDUCTOR_CACHE_DIR=folder)
@@ -82,14 +79,15 @@ def serve(args: argparse.Namespace) -> None:
 
             app = make_app(studio)
             address = f"http://127.0.0.1:{listener.getsockname()[1]}"
-            say(f"The studio is at {address} until Ctrl+C.")
             config = uvicorn.Config(
                 app,
                 log_level="critical",
                 headers=[("Content-Security-Policy", POLICY)],
                 timeout_graceful_shutdown=1,  # a page that is open listens for ever
             )
-            Server(config).run(sockets=[listener])
+            with contextlib.suppress(KeyboardInterrupt):  # the usual way to end it
+                say(f"The studio is at {address} until Ctrl+C.")
+                Server(config).run(sockets=[listener])
     finally:
         executor.shutdown(wait=False, cancel_futures=True)
 
