@@ -471,18 +471,19 @@ def test_sixty_visitors_at_once_get_an_answer(server: Server):
 
 
 @pytest.mark.slow
-@pytest.mark.xfail(reason="grows by 0.4 to 0.6 MB an edit; the cause is not known")
 def test_a_hundred_edits_do_not_add_to_the_memory(server: Server):
+    """The page of each has 190 kB, and only the latest of each visitor is kept."""
+
     def memory() -> int:
         """Return what the server holds, in pages of 4 KiB."""
         return int(Path(f"/proc/{server.process.pid}/statm").read_text().split()[1])
 
-    for n in range(50):  # until the allocator's pools are full
+    for n in range(30):  # until the allocator's pools are full
         visit(server, f"edit-{n % 4}")
     before = memory()
     for n in range(100):
         visit(server, f"edit-{n % 4}")
-    assert (memory() - before) * 4096 < 2**25
+    assert (memory() - before) * 4096 < 2**23
 
 
 @pytest.mark.slow

@@ -41,12 +41,14 @@ def make_app(studio: Studio) -> Any:
 def make_blocks(studio: Studio) -> Any:
     """Return the page's layout and its one event: every change asks for an answer."""
     with gr.Blocks(title="minip2p studio", analytics_enabled=False, fill_width=True) as blocks:
+        blocks.state_session_capacity = 100  # loaded pages whose values Gradio keeps
         outputs, inputs = make_widgets(studio)
         visitor, sent = gr.State(Visitor()), gr.Number(0, visible=False)
 
         def answer(*values: Any) -> Iterator[dict[Any, Any]]:
             for changes in studio.answer(*values):
-                changed = {outputs[name]: value for name, value in changes.items()}
+                # Updates alone: Gradio keeps every plain value that follows a skipped one.
+                changed = {outputs[name]: gr.update(value=v) for name, v in changes.items()}
                 yield changed or {outputs["state"]: gr.skip()}
 
         words, prompt, edited, picture, *numbers = inputs
