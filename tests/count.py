@@ -1,14 +1,22 @@
-"""Count what a reader has to read: python tests/count.py
+"""Count what a reader has to read: python tests/count.py [calls]
 
 The reading path is `generate` and every module of minip2p that its import needs, but weights/,
 which loads a model and may be taken for granted. After it come the lines of the package and of the
 tests, long functions, docstrings that begin without a verb, and names that say nothing.
+
+With `calls`: the files and functions of the package that Python enters for one swap, one inversion
+and one sweep. PYTHONPATH chooses another edition.
 """
 
 import ast
 import re
+import runpy
+import sys
+import tempfile
+import threading
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 ROOT = Path(__file__).parents[1]
 PACKAGE = ROOT / "minip2p"
@@ -112,5 +120,47 @@ def main() -> None:
         print(f"\n{len(rows)} {kind}:", *rows, sep="\n    ")
 
 
+# --- what one use of a program enters -------------------------------------------------------------
+
+PROMPT = "a photo of a cat riding a bicycle"
+STUDY = f'prompt = "{PROMPT}"\nswap = "cat=dog"\nnum_inference_steps = 2\n'
+
+
+def entered(module: str, *arguments: str) -> set[tuple[str, str]]:
+    """Run a program and return the (file, function) pairs of the package that Python enters."""
+    functions: set[tuple[str, str]] = set()
+
+    def note(frame: Any, event: str, _: Any) -> None:
+        _, in_package, file = frame.f_code.co_filename.rpartition("/minip2p/")
+        name = frame.f_code.co_name
+        if event == "call" and in_package and not name.startswith("<"):
+            functions.add((file, name))
+
+    sys.argv = [module, *arguments]
+    threading.setprofile(note)
+    sys.setprofile(note)
+    try:
+        runpy.run_module(module, run_name="__main__")
+    except SystemExit as stop:
+        if stop.code:
+            raise
+    finally:
+        sys.setprofile(None)
+        threading.setprofile(None)  # type: ignore[arg-type]  # None ends it
+    return functions
+
+
+def count_calls() -> None:
+    with tempfile.TemporaryDirectory() as folder:
+        steps = "--steps", "2", "--out", f"{folder}/out"
+        uses = {"swap": entered("minip2p.sample", PROMPT, "--swap", "cat=dog", *steps)}
+        photo = "--image", f"{folder}/out/source.png"
+        uses["inversion"] = entered("minip2p.sample", PROMPT, *photo, "--swap", "cat=dog", *steps)
+        Path(f"{folder}/study.toml").write_text(STUDY)
+        uses["sweep"] = entered("minip2p.sweep", f"{folder}/study.toml", "--out", f"{folder}/sweep")
+    for use, functions in uses.items():
+        print(f"{use}: {len({file for file, _ in functions})} files, {len(functions)} functions")
+
+
 if __name__ == "__main__":
-    main()
+    count_calls() if sys.argv[1:] == ["calls"] else main()
