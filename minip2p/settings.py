@@ -82,16 +82,11 @@ def check_settings(
         isinstance(negative_prompt, str),
         f"The negative prompt is one string for all prompts, not {describe(negative_prompt)}.",
     )
-    if isinstance(seed, torch.Generator):
-        raise UserError(
-            "The seed must be a whole number, not a torch.Generator: give its initial_seed(), or "
-            "latents=torch.randn(1, 4, h, w, generator=...)."
-        )
-    if isinstance(seed, list | tuple | range | np.ndarray | Tensor):
-        raise UserError(
-            f"The seed must be one whole number, not {describe(seed)}: for several pictures, call "
-            "generate once for each seed."
-        )
+    check(
+        not isinstance(seed, torch.Generator | list | tuple | range | np.ndarray | Tensor),
+        f"The seed must be one whole number, not {describe(seed)}: for several pictures call "
+        "generate once for each seed, and for a torch.Generator give its initial_seed().",
+    )
     BOUNDS["seed"].read(seed, "The seed")
     BOUNDS["guidance_scale"].read(guidance_scale, "The guidance scale")
     check(
@@ -145,11 +140,9 @@ def as_latents(latents: Any, b: int) -> Tensor | None:
     if latents is None:
         return None
     x = latents
-    try:
-        if isinstance(x, np.ndarray):  # a copy: torch warns of one that can't be written to
-            x = torch.from_numpy(x.astype(x.dtype.newbyteorder("=")))
-    except TypeError:  # an array of strings or of objects
-        x = None
+    if isinstance(x, np.ndarray) and x.dtype.kind in "buif":
+        # A copy in the machine's byte order: torch warns of one that can't be written to.
+        x = torch.from_numpy(x.astype(x.dtype.newbyteorder("=")))
     if not isinstance(x, Tensor) or x.is_complex():
         raise UserError(
             f"latents are a tensor or an array of real numbers, not {describe(latents)}."

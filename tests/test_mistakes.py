@@ -206,7 +206,7 @@ for wrong in (-1, 2**63, 1.0, True, "1", None):
     generate(f"seed {wrong!r}", ["seed", "0 to 9223372036854775807", repr(wrong)], seed=wrong)
 for wrong in ([1, 2], (1, 2), range(3), np.arange(3), torch.arange(3)):
     generate(f"seeds {wrong!r}", ["seed", "call generate once for each seed"], seed=wrong)
-generate("seed that is a generator", ["seed", "initial_seed()", "latents="], seed=torch.Generator())
+generate("seed that is a generator", ["seed", "initial_seed()"], seed=torch.Generator())
 for wrong in (5, "print", [print]):
     generate(f"callback {wrong!r}", ["callback", "function of call, calls and latents"],
              callback=wrong)  # fmt: skip
