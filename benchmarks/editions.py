@@ -17,6 +17,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 HERE = Path(__file__).resolve().parents[1]
 PROMPTS = ["a painting of a squirrel eating a burger", "a painting of a lion eating a burger"]
@@ -28,8 +29,10 @@ def worker(size: int) -> None:
     import torch
 
     import minip2p
-    from minip2p import LocalBlend, WordSwap, attention, text
+    from minip2p import LocalBlend, WordSwap, text
     from minip2p.edit import bind
+
+    attention: Any = minip2p.attention
 
     # The names of this edition, and those of the editions before it.
     cached_context = getattr(attention, "CachedContext", None) or attention.Words
@@ -37,7 +40,7 @@ def worker(size: int) -> None:
     place = (25, 50, 0) if hasattr(attention, "PromptRows") else (25, 50)  # call, calls, timestep
 
     torch.set_num_threads(os.cpu_count() or 1)
-    model = minip2p.load(device="cpu")
+    model: Any = minip2p.load(device="cpu")
     tokens = [text.tokenize(model.tokenizer, prompt) for prompt in PROMPTS]
     unet, n, side = model.unet, len(PROMPTS), size or 16
     if size:
@@ -57,7 +60,7 @@ def worker(size: int) -> None:
         "swap and blend": WordSwap(1.0, 1.0, LocalBlend("lion")),
     }
     coarse = (side, side) if side <= 16 else (16, 16)  # a UNet of three levels that attend
-    bound = {
+    bound: dict[str, Any] = {
         name: bind(edit, tokens, latent_size=(side, side), coarse=coarse, defaults=model.defaults)
         for name, edit in edits.items()
     }

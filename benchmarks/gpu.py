@@ -30,6 +30,7 @@ import traceback
 from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -55,7 +56,7 @@ HERE = Path(__file__).parent
 GUIDANCE = 7.5
 TEST_SECONDS = 150  # at most, of the tests; COMPILE_SECONDS likewise
 COMPILE_SECONDS = 150
-NARROW = {"block_out_channels": (32, 64, 64, 64), "cross_attention_dim": 64}
+NARROW: dict[str, Any] = {"block_out_channels": (32, 64, 64, 64), "cross_attention_dim": 64}
 NARROW_VAE = (32, 32, 32, 32)
 EDITED = ("word swap", "swap, blend, a word's maps")
 
@@ -149,7 +150,7 @@ class Bench:
             return None
         sizes = dict(NARROW) if self.narrow else {"cross_attention_dim": 768}
         with torch.device("meta"):
-            unet = UNet2DConditionModel(sample_size=64, attention_head_dim=8, **sizes)
+            unet: Any = UNet2DConditionModel(sample_size=64, attention_head_dim=8, **sizes)
         unet.load_state_dict(self.unet(dtype).state_dict(), assign=True)
         return unet.eval().requires_grad_(False)
 
@@ -245,11 +246,11 @@ def take_turns(
 def part_ceilings(bench: Bench) -> None:
     """Measure the rates of a large matrix product and of a copy in the GPU's memory."""
     n = 256 if bench.narrow else 8192
-    rates = {}
+    rates: dict[str, float] = {}
     dtypes = (torch.float32,) if bench.narrow else (torch.float16, torch.bfloat16, torch.float32)
     for dtype in dtypes:
         a, b = (torch.randn(n, n, device=bench.device).to(dtype) for _ in range(2))
-        row = take_turns(bench, {"product": lambda a=a, b=b: a @ b}, seconds=2, calls=10)[0]
+        row = take_turns(bench, {"product": partial(torch.matmul, a, b)}, seconds=2, calls=10)[0]
         rates[f"{name_of(dtype)} TFLOP/s"] = 2 * n**3 / row["ms"] / 1e9
     x = torch.empty(n * n * 16, device=bench.device)
     y = torch.empty_like(x)
@@ -377,7 +378,7 @@ def diffusers_pipeline(bench: Bench, dtype: torch.dtype, vae: VAE) -> Any:
         return None
     from diffusers import DDIMScheduler, StableDiffusionPipeline
 
-    pipeline = StableDiffusionPipeline(
+    pipeline: Any = StableDiffusionPipeline(
         vae=decoder,
         text_encoder=None,
         tokenizer=None,
@@ -405,7 +406,7 @@ def diffusers_vae(bench: Bench, vae: VAE, dtype: torch.dtype) -> Any:
     except ImportError:
         return None
     with torch.device("meta"):
-        other = AutoencoderKL(
+        other: Any = AutoencoderKL(
             down_block_types=("DownEncoderBlock2D",) * 4,
             up_block_types=("UpDecoderBlock2D",) * 4,
             block_out_channels=NARROW_VAE if bench.narrow else (128, 256, 512, 512),
@@ -419,19 +420,22 @@ def diffusers_vae(bench: Bench, vae: VAE, dtype: torch.dtype) -> Any:
     return other.eval().requires_grad_(False)
 
 
+def decoded(decoder: Any, latents: Tensor) -> Tensor:
+    """Return diffusers' decoded pictures."""
+    return decoder.decode(latents).sample
+
+
 def part_decode(bench: Bench) -> None:
     """Measure the decoding of one picture, which minip2p does in float32."""
     vae = bench.vae()
     for size in (16,) if bench.narrow else (64, 96):
         latents = torch.randn(1, 4, size, size, device=bench.device)
-        sides: Sides = {"minip2p, float32": lambda z=latents: vae.decode(z)}
+        sides: Sides = {"minip2p, float32": partial(vae.decode, latents)}
         for dtype in (torch.float32,) if bench.narrow else (torch.float32, torch.float16):
             decoder = diffusers_vae(bench, vae, dtype)
             if decoder is not None:
                 scaled = latents.to(dtype) / vae.scaling_factor
-                sides[f"diffusers, {name_of(dtype)}"] = lambda z=scaled, d=decoder: (
-                    d.decode(z).sample
-                )
+                sides[f"diffusers, {name_of(dtype)}"] = partial(decoded, decoder, scaled)
         same_as = {"diffusers, float32": "minip2p, float32"}
         rows = take_turns(bench, sides, seconds=5, calls=2, same_as=same_as)
         bench.keep(f"decode: {8 * size} px", rows)
@@ -444,7 +448,7 @@ def part_sizes(bench: Bench) -> None:
 
 def part_profile(bench: Bench) -> None:
     """Profile one call of each side: its kernels, how long the GPU works, and the longest ones."""
-    from torch.autograd import DeviceType
+    from torch.autograd import DeviceType  # type: ignore[attr-defined]
     from torch.profiler import ProfilerActivity, profile
 
     dtype, size = (torch.float32, 16) if bench.narrow else (torch.float16, 64)
@@ -459,7 +463,7 @@ def part_profile(bench: Bench) -> None:
         mapper = hook_of(model, "word swap", 1, size).mapper[1:]
         sides |= diffusers_sides(reference, mapper, size)
     activities = [ProfilerActivity.CPU] + [ProfilerActivity.CUDA] * is_cuda
-    rows = []
+    rows: list[dict[str, Any]] = []
     for name, call in sides.items():
         for _ in range(2):
             call()
@@ -501,7 +505,8 @@ def part_inversion(bench: Bench) -> None:
     image = minip2p.generate(
         minip2p.load(device=bench.device), prompts[0], num_inference_steps=steps
     ).images[0]
-    rows, edits = [], {}
+    rows: list[Any] = []
+    edits: dict[Any, Tensor] = {}
     for dtype in dtypes:
         model = minip2p.load(device=bench.device, dtype=dtype)
         for method, refinements, guidance in (
@@ -557,7 +562,7 @@ def part_compile(bench: Bench) -> None:
 def part_compiled(bench: Bench) -> None:
     """Compile one side after another, and time all of them after each."""
     dtype, size = (torch.float32, 16) if bench.narrow else (torch.float16, 64)
-    settings = {"backend": "eager"} if bench.narrow else {}
+    settings: dict[str, Any] = {"backend": "eager"} if bench.narrow else {}
     unet, reference = bench.unet(dtype), bench.diffusers_unet(dtype)
     swap = hook_of(bench.model(unet), "word swap", 1, size)
     sides: Sides = {"minip2p": minip2p_call(unet, None, 2, size)}

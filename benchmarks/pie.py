@@ -127,12 +127,11 @@ def plain(prompt: str) -> str:
 def blended_words(item: dict[str, Any]) -> list[str]:
     """Return the old and the new word, or no words. Raises UserError for anything else."""
     value = item["blended_word"]
-    words = value.split() if isinstance(value, str) else None
     check(
-        words is not None and len(words) != 1,
+        isinstance(value, str) and len(value.split()) != 1,
         f"blended_word must be empty or an old and a new word, not {value!r}.",
     )
-    return words[:2]
+    return value.split()[:2]
 
 
 def decoded(runs: Sequence[int], height: int, width: int) -> Tensor:
@@ -273,7 +272,7 @@ def published_edit(
     edit: Any = PublishedRefine(CROSS, SELF, blend)
     if words and words[1] in known:
         edit = Reweight({words[1]: 2.0}, edit, everywhere=False)
-    bound = bind_edit(model, prompts, edit, size)[1]
+    bound: Any = bind_edit(model, prompts, edit, size)[1]
     for row_blend in bound.blends:
         columns = torch.zeros_like(row_blend.columns)  # b 77 2
         for row, (word, prompt) in enumerate(zip(words, tokens, strict=True)):

@@ -103,11 +103,11 @@ def resident(name: str) -> int:
 def machine(threads: int) -> dict:
     cpu = platform.processor() or platform.machine()
     if Path("/proc/cpuinfo").exists():
-        info = dict(
-            (part.strip() for part in line.split(":", 1))
-            for line in Path("/proc/cpuinfo").read_text().splitlines()
-            if ":" in line
-        )
+        info: dict[str, str] = {}
+        for line in Path("/proc/cpuinfo").read_text().splitlines():
+            name, colon, value = line.partition(":")
+            if colon:
+                info[name.strip()] = value.strip()
         flags = [f for f in ("avx2", "avx512f", "avx512_bf16", "amx_bf16") if f in info["flags"]]
         cpu = f"{info['model name']} family {info['cpu family']} ({', '.join(flags)})"
     packages = ("torch", "diffusers", "transformers")
@@ -144,7 +144,7 @@ def full_size(folder: Path) -> Path:
         eos_token_id=tokenizer.eos_token_id,
         pad_token_id=tokenizer.pad_token_id,
     )
-    StableDiffusionPipeline(
+    pipeline: Any = StableDiffusionPipeline(
         vae=AutoencoderKL(
             down_block_types=("DownEncoderBlock2D",) * 4,
             up_block_types=("UpDecoderBlock2D",) * 4,
@@ -165,7 +165,8 @@ def full_size(folder: Path) -> Path:
         safety_checker=None,
         feature_extractor=None,
         requires_safety_checker=False,
-    ).save_pretrained(folder)
+    )
+    pipeline.save_pretrained(folder)
     return folder
 
 
@@ -238,8 +239,8 @@ def part_bfloat16(args: argparse.Namespace) -> dict:
     halves = argparse.Namespace(**vars(args) | {"dtype": "bfloat16"})
     pipeline, model = load_both(halves)
     prepared = fast_model(halves) if args.prepared else None
-    names = "diffusers", "minip2p", "minip2p, word swap"
-    names += ("minip2p, prepared", "minip2p, prepared, word swap") if args.prepared else ()
+    names = ["diffusers", "minip2p", "minip2p, word swap"]
+    names += ["minip2p, prepared", "minip2p, prepared, word swap"] if args.prepared else []
     tables = {}
     for size in args.latents:
         sides = {"diffusers": call_sides(exact.unet, None, None, 1, size)[0]["diffusers"]}
@@ -270,15 +271,20 @@ def part_pipeline(args: argparse.Namespace) -> dict:
             noise = torch.randn(1, 4, size, size, generator=torch.Generator().manual_seed(8888))
 
             def diffusers(prompts: list[str] = prompts, noise: Any = noise) -> Any:
-                seen = []
+                latents: list[Any] = []
+
+                def keep_latents(_: Any, step: int, t: Any, kept: dict) -> dict:
+                    latents.append(kept["latents"])
+                    return {}
+
                 pipeline(
                     prompts,
                     latents=noise.expand(len(prompts), -1, -1, -1).to(pipeline.unet.dtype),
                     num_inference_steps=args.steps,
                     guidance_scale=GUIDANCE,
-                    callback_on_step_end=lambda _, i, t, kept: seen.append(kept["latents"]) or {},
+                    callback_on_step_end=keep_latents,
                 )
-                return seen[-1]
+                return latents[-1]
 
             def ours(
                 net: Any, edit: Any, prompts: list[str] = prompts, noise: Any = noise
@@ -416,7 +422,8 @@ def part_bundled(args: argparse.Namespace) -> dict:
             "minip2p.sample, source and swap": [*ours, "--swap", "squirrel=lion", *out],
             "diffusers, two prompts": [str(HERE / "run.py"), "diffusers-bundled", *out],
         }
-        split, whole = [], {name: [] for name in commands}
+        split: list[Any] = []
+        whole: dict[str, list[tuple[float, float]]] = {name: [] for name in commands}
         for number in range(args.rounds):
             lines = run_python(["-c", COLD, str(cold)], args.threads)[2].splitlines()
             split.append([[float(seconds) for seconds in line.split()] for line in lines])

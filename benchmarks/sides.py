@@ -89,6 +89,7 @@ def hook_of(model: Any, edit: str, edits: int, size: int) -> Any:
         return hook
     store = AttentionStore(words=["squirrel"] if edit == "swap, blend, a word's maps" else None)
     store.begin(tokens, model.unet.coarse_size(size, size), model.device)
+    assert hook is not None
     return Chain([hook, store])
 
 

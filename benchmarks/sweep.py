@@ -100,9 +100,9 @@ def overhead(edits: int, seeds: int) -> None:
 def workers(edits: int, seeds: int, repetitions: int) -> None:
     """Print runs a second of whole commands, their start included, and how latents differ."""
     sides = {
-        "one process, one thread": (1,),
-        "one process, two threads": (2,),
-        "two Ray workers of one thread": (1, "--workers", "2", "--device", "cpu"),
+        "one process, one thread": ("1",),
+        "one process, two threads": ("2",),
+        "two Ray workers of one thread": ("1", "--workers", "2", "--device", "cpu"),
     }
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
@@ -112,7 +112,7 @@ def workers(edits: int, seeds: int, repetitions: int) -> None:
             for side, (threads, *options) in sides.items():
                 out = folder / f"{side} {turn}"
                 words = ["-m", "minip2p.sweep", str(study), "--out", str(out), "--latents"]
-                took.setdefault(side, []).append(run_python([*words, *options], threads)[0])
+                took.setdefault(side, []).append(run_python([*words, *options], int(threads))[0])
         latents = {
             side: {path.stem: np.load(path) for path in (folder / f"{side} 0").glob("*.npy")}
             for side in sides

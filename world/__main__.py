@@ -72,9 +72,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
         page(bench, folder / "page.jpg")
     parts = [part for part in options.parts or ITEMS if part != "page"]
     if parts and (options.workers or options.address):
-        settings = options.model, options.quick, options.steps, options.pictures
+        model_and_sizes = options.model, options.quick, options.steps, options.pictures
         try:
-            tables = shared_out(parts, settings, options.workers, options.address)
+            tables = shared_out(parts, model_and_sizes, options.workers, options.address)
         except ValueError as error:  # no Ray, no cluster, or a share that failed
             parser.error(str(error))
     else:

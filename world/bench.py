@@ -85,7 +85,11 @@ class Bench:
     ) -> Iterator[tuple[str, Scene]]:
         """Yield a part's items, the same number of each kind, with a progress bar."""
         for kind in kinds:
-            scenes = self.scenes(part, self.items(part) // 2, lambda s, kind=kind: fits(s, kind))
+
+            def is_kind(scene: Scene, kind: str = kind) -> object:
+                return fits(scene, kind)
+
+            scenes = self.scenes(part, self.items(part) // 2, is_kind)
             yield from ((kind, scene) for scene in tqdm(scenes, desc=f"{part} {kind}"))
 
     def knows(self, scene: Scene) -> bool:
@@ -143,7 +147,7 @@ class Bench:
             roles += [("object", noun) for noun in kind]
         words, targets = scene.caption.split(), []
         for role, new in roles:
-            target = replace(scene, **{role: new})
+            target = replace(scene, **{role: new})  # type: ignore[arg-type]  # both are nouns
             changed = [a for a, b in zip(words, target.caption.split(), strict=False) if a != b]
             if self.knows(target) and changed == [getattr(scene, role)]:
                 targets.append((target, changed[0], new))

@@ -96,6 +96,7 @@ class Detector(nn.Module):
         self.hues = nn.Conv2d(c, len(HUES), 1)
         self.place = nn.Linear(c, len(world.places))
         self.look = nn.Linear(c, len(self.looks))
+        assert self.nouns.bias is not None
         nn.init.constant_(self.nouns.bias, -4)  # most cells are no thing
 
     def cells(self, x: Tensor) -> Tensor:
@@ -178,7 +179,8 @@ def load(file: Path = FILE) -> Detector:
     with safe_open(file, "pt") as opened:
         world = json.loads(opened.metadata()["world"])
         state = {name: opened.get_tensor(name).float() for name in opened.keys()}  # noqa: SIM118
-    detector = Detector(World(**{k: v if k == "name" else tuple(v) for k, v in world.items()}))
+    sizes: dict[str, Any] = {k: v if k == "name" else tuple(v) for k, v in world.items()}
+    detector = Detector(World(**sizes))
     detector.load_state_dict(state)
     return detector.eval().requires_grad_(False)
 
@@ -224,7 +226,8 @@ def render(detector: Detector, seeds: Iterable[int], drawing: Any = scenes) -> R
 def both(a: Renders, b: Renders) -> Renders:
     """All of both."""
     pairs = [(getattr(a, f.name), getattr(b, f.name)) for f in fields(Renders)]
-    return Renders(*(x + y if isinstance(x, list) else torch.cat([x, y]) for x, y in pairs))
+    parts: list[Any] = [x + y if isinstance(x, list) else torch.cat([x, y]) for x, y in pairs]
+    return Renders(*parts)
 
 
 def earlier(checkout: Path) -> Any:

@@ -70,7 +70,7 @@ def thickened(picture: Image.Image, far: int) -> Image.Image:
     """The picture over copies of itself that are moved by up to so many pixels."""
     steps = range(-far, far + 1)
     moves = sorted(((x, y) for x in steps for y in steps), key=lambda m: -(m[0] ** 2 + m[1] ** 2))
-    size = tuple(side + 2 * far for side in picture.size)
+    size = picture.width + 2 * far, picture.height + 2 * far
     whole = Image.new("RGBA", size)
     for x, y in moves:  # the picture itself comes last
         layer = Image.new("RGBA", size)

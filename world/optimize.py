@@ -43,7 +43,7 @@ class Muon(torch.optim.Optimizer):
         super().__init__(weights, {"lr": lr, "momentum": 0.95, "weight_decay": 0.01})
 
     @torch.no_grad()
-    def step(self, closure: None = None) -> None:
+    def step(self, closure: None = None) -> None:  # type: ignore[override]
         for group in self.param_groups:
             same: dict[tuple[int, int], list[nn.Parameter]] = {}
             for p in group["params"]:
@@ -52,6 +52,7 @@ class Muon(torch.optim.Optimizer):
             for shape, weights in same.items():
                 momentum = []
                 for p in weights:
+                    assert p.grad is not None
                     if "momentum" not in self.state[p]:
                         self.state[p]["momentum"] = torch.zeros_like(p)
                     kept = self.state[p]["momentum"]
@@ -192,7 +193,8 @@ class Recorded:
 
 def make_optimizers(stage: Stage) -> list[torch.optim.Optimizer]:
     """Muon for matrices and kernels; AdamW for what is a vector, or looked up."""
-    matrices, others = [], []
+    matrices: list[nn.Parameter] = []
+    others: list[nn.Parameter] = []
     for name, p in stage.modules.named_parameters():
         (matrices if p.ndim > 1 and "embeddings." not in name else others).append(p)
     adamw = torch.optim.AdamW(

@@ -6,6 +6,7 @@ Shapes:  h w pixels of a picture
 from collections import defaultdict
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from PIL import Image
@@ -90,7 +91,7 @@ def sharpness(bench: Bench) -> Facts:
         facts[name]["of renders' at 128"] = [share_of("renders", CANVAS, images)]
         features = bench.detector.features(images)
         facts[name]["Fréchet"] = [together(lambda drawn: frechet(drawn, likened), features)]
-    columns = [[(image, name, []) for image in images] for name, images in sets.items()]
+    columns: list[Any] = [[(image, name, []) for image in images] for name, images in sets.items()]
     bench.save("sharpness", list(zip(*columns, strict=True)))
     return facts
 
@@ -128,10 +129,10 @@ def exchange(bench: Bench, part: str, edits_of: Callable[[str], dict[str, WordSw
         target, old, new = options[scene.layout % len(options)]
         others = [noun for noun in scene.nouns if noun != old]
         edits = {"no control": None, **edits_of(old)}
-        images, seen = bench.generate(scene, [target.caption] * len(edits), edits.values())
+        images, seen = bench.generate(scene, [target.caption] * len(edits), [*edits.values()])
         absent = [f"no {noun}" for noun in scene.nouns if not seen.shows(0, noun)]
         right_sources.append(not absent)
-        row = [(images[0], scene.caption, absent)]
+        row: list[Any] = [(images[0], scene.caption, absent)]
         for i, name in enumerate(edits, 1):
             note = facts[name]
             note["new there"].append(seen.shows(i, new))
@@ -160,8 +161,8 @@ def refine(bench: Bench) -> Facts:
         edits: dict[str, Refine | None] = {"no control": None, "windows": Refine()}
         if kind == "colour":
             edits["windows + LocalBlend"] = Refine(local_blend=LocalBlend(scene.object))
-        images, seen = bench.generate(scene, [target.caption] * len(edits), edits.values())
-        row = [(images[0], scene.caption, [])]
+        images, seen = bench.generate(scene, [target.caption] * len(edits), [*edits.values()])
+        row: list[Any] = [(images[0], scene.caption, [])]
         for i, name in enumerate(edits, 1):
             shown, note = judge(seen, i, target), facts[f"{kind}, {name}"]
             note["added shown"].append(shown[kind])
@@ -214,7 +215,7 @@ def maps(bench: Bench) -> Facts:
         sizes = {(layer.height, layer.width) for layer in store.maps}
         calls = {f"t = {t}": call for call, t in enumerate(TIMESTEPS)}
         for i, (scene, drawn) in enumerate(zip(scenes, drawings, strict=True)):
-            row = [(drawn.image, scene.caption, [])]
+            row: list[Any] = [(drawn.image, scene.caption, [])]
             for noun in scene.nouns:
                 for size in sorted(sizes, reverse=True):
                     # Every timestep at the coarse size, their mean at all.

@@ -100,7 +100,7 @@ def measure(bench: Bench, ways: Sequence[Way] = CHOSEN, n: int | None = None) ->
         for way in ways:
             results |= edited(bench.model, way, pair, scene.caption, target.caption, facts)
         seen = bench.detector.see([*results.values(), pair.true.image])
-        row = [(pair.true.image, f"the truth: {new}", [])]
+        row: list[Any] = [(pair.true.image, f"the truth: {new}", [])]
         for i, (name, image) in enumerate(results.items()):
             note = facts[name]
             shows_new, lost_old = seen.shows(i, new), not seen.shows(i, old)
@@ -147,7 +147,10 @@ def edited(
         "+ LocalBlend": WordSwap(local_blend=blend),
         "+ the true mask": WordSwap(local_blend=LocalBlend(mask=pair.changed.float())),
     }
-    settings = {"guidance_scale": way.guidance, "negative_prompt": prompt if way.negative else ""}
+    settings: dict[str, Any] = {
+        "guidance_scale": way.guidance,
+        "negative_prompt": prompt if way.negative else "",
+    }
     with counted(model) as inverting:
         source = invert(
             model, pair.photo.image, prompt, num_inference_steps=way.steps, **way.inversion
@@ -199,7 +202,8 @@ def costs(model: minip2p.StableDiffusion, rounds: int = 7) -> Facts:
     """Measure seconds of wall clock, all ways in turn in each round; the first does not count."""
     facts, image = Facts(), draw(Scene("bird", style="photo", layout=1)).image
     prompts = ["a photo of a bird", "a photo of a lion"]
-    edit, steps = WordSwap(local_blend=LocalBlend("bird")), {"num_inference_steps": STEPS}
+    edit = WordSwap(local_blend=LocalBlend("bird"))
+    steps: dict[str, Any] = {"num_inference_steps": STEPS}
     ways = {
         "direct": {},
         "direct, refined 3 times": {"refinements": 3},
@@ -214,7 +218,7 @@ def costs(model: minip2p.StableDiffusion, rounds: int = 7) -> Facts:
                 if how is not None:
                     source = invert(model, image, prompts[0], **steps, **how)
                 inverted, upward = time.perf_counter(), sum(rows)
-                settings = {} if source else steps
+                settings: dict[str, Any] = {} if source else steps
                 minip2p.generate(
                     model, prompts, edit=edit, source=source, guidance_scale=3, **settings
                 )

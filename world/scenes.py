@@ -367,7 +367,7 @@ def sketch(canvas: Image.Image) -> Image.Image:
     around = np.asarray(ImageOps.grayscale(canvas.filter(ImageFilter.GaussianBlur(4)))) + 8.0
     lines = np.minimum(1, grey / around) ** 1.6
     tone = 165 + grey * 0.35
-    return Image.fromarray(np.uint8(np.minimum(255, lines * tone))).convert("RGB")
+    return Image.fromarray(np.minimum(255, lines * tone).astype(np.uint8)).convert("RGB")
 
 
 def watercolour(canvas: Image.Image) -> Image.Image:

@@ -23,6 +23,7 @@ import numpy as np
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.multiprocessing.spawn import spawn
 from torch.nn import functional as F
 from tqdm import tqdm
 
@@ -200,7 +201,7 @@ class WordMaps(Hook):
         total = masks.new_zeros(())
         for maps in self.maps:
             maps = maps.permute(0, 3, 1, 2).clamp(1e-4, 1 - 1e-4)  # b n h w
-            target = F.adaptive_avg_pool2d(masks, maps.shape[2:])
+            target = F.adaptive_avg_pool2d(masks, (maps.shape[2], maps.shape[3]))
             entropy = -(target * maps.log() + (1 - target) * (1 - maps).log())
             total = total + (weight * entropy.mean(dim=(2, 3))).mean()
         return total / len(self.maps)
@@ -465,7 +466,7 @@ def main() -> None:
     if count == 1:
         run(0, preset, out, 1, port)
     else:
-        torch.multiprocessing.spawn(run, (preset, out, count, port), nprocs=count)
+        spawn(run, (preset, out, count, port), nprocs=count)
 
 
 if __name__ == "__main__":

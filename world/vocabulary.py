@@ -52,7 +52,7 @@ def learn_merges() -> list[tuple[str, str]]:
         for i, piece in enumerate(pieces):
             ending = "</w>" if i == len(pieces) - 1 else ""
             words[(*piece[:-1], piece[-1] + ending)] += 100 if word in FULL.words else 1
-    merges = []
+    merges: list[tuple[str, str]] = []
     while True:
         pairs: Counter[tuple[str, str]] = Counter()
         for symbols, count in words.items():
