@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import argparse
-import math
-from collections.abc import Sequence
-from dataclasses import replace
+from collections.abc import Callable, Sequence
+from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +16,7 @@ from .errors import UserError, check
 from .invert import METHODS
 from .outputs import SOFTWARE
 from .program import Parser, number, split_pair
-from .run import DTYPES, EXAMPLE, Run, SourcePicture
+from .run import DTYPES, EXAMPLE, Run, SourcePicture, option_of
 from .scheduler import SCHEDULERS
 from .settings import BOUNDS
 from .words import swap_word
@@ -36,9 +35,11 @@ def make_parser() -> Parser:
     add("--model", help="emoji (the default), a folder, a .safetensors file or a hub id")
     add("--tokenizer", metavar="FOLDER", help="CLIP's tokenizer, for a single file")
     add("--ema", action=argparse.BooleanOptionalAction, help="which of a single file's two UNets")
-    add("--steps", type=number(BOUNDS["num_inference_steps"]), help="number of inference steps")
-    add("--guidance", type=number(BOUNDS["guidance_scale"]), help="guidance scale; 1 is none")
-    add("--negative", metavar="PROMPT", help="what the pictures should not show")
+    steps, scale = BOUNDS["num_inference_steps"], BOUNDS["guidance_scale"]
+    add("--steps", dest="num_inference_steps", type=number(steps), help="number of inference steps")
+    add("--guidance", dest="guidance_scale", type=number(scale), help="guidance scale; 1 is none")
+    undesired = "what the pictures should not show"
+    add("--negative", dest="negative_prompt", metavar="PROMPT", help=undesired)
     add("--seed", type=number(BOUNDS["seed"]), help="seed of the noise; 8888 by default")
     add("--height", type=number(BOUNDS["height"]), help="height of the pictures in pixels")
     add("--width", type=number(BOUNDS["width"]), help="width of the pictures in pixels")
@@ -71,8 +72,8 @@ def make_parser() -> Parser:
     add("--inversion", type=file, metavar="FILE", help=keep)
     add("--method", choices=METHODS, help="method of inversion; direct by default")
     add("--skip", type=number(BOUNDS["skip"]), help="leave out the first steps: smaller changes")
-    scale = "guidance scale of the inversion; by default --guidance with edit-friendly, else 1"
-    add("--inversion-guidance", type=number(BOUNDS["guidance_scale"]), help=scale)
+    usual = "guidance scale of the inversion; by default --guidance with edit-friendly, else 1"
+    add("--inversion-guidance", dest="inversion_guidance_scale", type=number(scale), help=usual)
     add("--put-back", action="store_true", help="also write each edit into the whole picture")
 
     add = parser.add_argument_group("a closer look").add_argument
@@ -94,15 +95,16 @@ def file(text: str) -> Path:
 
 # --- from options to a run ------------------------------------------------------------------------
 
-NEED_A_PICTURE = ("fit", "method", "skip", "inversion_guidance", "put_back")
-NEED_AN_EDIT = (
-    "cross_replace_steps",
-    "self_replace_steps",
-    "blend",
-    "baseline",
-    "sweep",
-    "explain",
-)
+AN_EDIT = ("swap", "to", "reweight")
+A_PICTURE = ("image", "inversion")
+OF_AN_EDIT = ("cross_replace_steps", "self_replace_steps", "blend", "baseline", "sweep", "explain")
+OF_A_PICTURE = ("fit", "method", "skip", "inversion_guidance_scale")
+NEEDS = {  # one of which an option needs, and how to give it
+    (*AN_EDIT, *A_PICTURE): (["prompt"], "the source prompt: give it first, in quotes"),
+    OF_AN_EDIT: (AN_EDIT, "an edit: add --swap OLD=NEW, --to PROMPT or --reweight WORD=2"),
+    OF_A_PICTURE: (A_PICTURE, "your own picture: add --image FILE"),
+    ("put_back",): (["image"], "the whole picture: add --image FILE"),
+}
 
 
 def is_given(options: argparse.Namespace, name: str) -> bool:
@@ -111,72 +113,77 @@ def is_given(options: argparse.Namespace, name: str) -> bool:
     return not (value is None or value is False or value == [])  # 0 is given
 
 
-def option_of(name: str) -> str:
-    """Return the option, "--put-back", that argparse stores under a name, "put_back"."""
-    return f"--{name.replace('_', '-')}"
-
-
 def make_run(options: argparse.Namespace) -> Run:
     """Return the run that the options describe. Raises UserError where they make no sense."""
-    check_picture_options(options)
-    prompt, swaps, baseline = options.prompt, options.swap, options.baseline
-    if swaps or options.to or options.reweight:
-        check((prompt or "").strip(), "An edit needs the source prompt: give it first, in quotes.")
+    if not any(is_given(options, name) for name in ("prompt", *AN_EDIT, *A_PICTURE)):
+        example = {"prompt": EXAMPLE[0], "swap": [EXAMPLE[1]], "baseline": True}
+        options = argparse.Namespace(**vars(options) | example)
+    for names, (needed, what) in NEEDS.items():
+        has_it = any(is_given(options, name) and getattr(options, name) != "" for name in needed)
+        for name in names:
+            check(has_it or not is_given(options, name), f"{option_of(name)} needs {what}.")
+    prompt = options.prompt
     for target in options.to:
         check(target.strip(), f"--to takes a prompt, not {target!r}.")
-    if prompt is None:
-        prompt, swaps, baseline = EXAMPLE[0], [EXAMPLE[1]], True
-    targets = [swap_word(prompt, *split_pair("--swap", swap)) for swap in swaps] + options.to
+    targets = [swap_word(prompt, *split_pair("--swap", swap)) for swap in options.swap] + options.to
     if options.reweight and not targets:
         targets = [prompt]
-    for name in NEED_AN_EDIT:
-        check(
-            targets or not is_given(options, name),
-            f"{option_of(name)} needs an edit: add --swap OLD=NEW, --to PROMPT or "
-            "--reweight WORD=2.",
-        )
-    edits = [*([None] if baseline else []), *(parse_edits(options) if targets else [])]
-    settings = {
-        "num_inference_steps": options.steps,
-        "guidance_scale": options.guidance,
-        "negative_prompt": options.negative,
-    }
-    names = "seed", "height", "width", "scheduler", "eta", "model", "tokenizer", "ema", "dtype"
-    settings |= {name: getattr(options, name) for name in names}
+    edits = [*([None] if options.baseline else []), *(parse_edits(options) if targets else [])]
     return Run(
         [prompt, *(target for target in targets for _ in edits)],
         edits * len(targets),
         source=parse_source(options),
-        **{name: value for name, value in settings.items() if value is not None},
+        **settings_of(Run, options),
     )
+
+
+def settings_of(kind: type[Run | SourcePicture], options: argparse.Namespace) -> dict[str, Any]:
+    """Return the options that set a field of Run or of SourcePicture."""
+    values = {field.name: getattr(options, field.name, None) for field in fields(kind)}
+    return {name: value for name, value in values.items() if value is not None}
 
 
 def parse_edits(options: argparse.Namespace) -> list[EditOfPrompt]:
     """Return the edit that all edited prompts share, or with --sweep the edit of each window."""
-    cross = parse_windows(options.cross_replace_steps)
+    option = "--cross-replace-steps"
+    pairs = [
+        split_pair(option, text, at_last=True) if "=" in text else (DEFAULT, text)
+        for text in options.cross_replace_steps
+    ]
+    cross = by_word(option, pairs, parse_window) or None
     self_window = None
     if options.self_replace_steps is not None:
         self_window = parse_window("--self-replace-steps", options.self_replace_steps)
-    blend = LocalBlend(options.blend) if options.blend else None
-    edits = [PromptEdit(cross, self_window, blend)]
-    if options.sweep is not None:
-        kind, ends = split_pair("--sweep", options.sweep)
-        check(
-            kind in ("cross", "self"),
-            f"--sweep takes cross=0.1,0.5,0.9 or self=..., not {options.sweep!r}.",
-        )
-        name = f"{kind}_replace_steps"
-        check(
-            not is_given(options, name),
-            f"--sweep {kind}=... sets what {option_of(name)} sets: give one.",
-        )
-        windows = [parse_window("--sweep", end) for end in ends.split(",")]
-        twice = len(set(windows)) < len(windows)
-        check(not twice, f"--sweep has a window twice: {options.sweep!r}.")
-        swept: list[dict[str, Any]] = [{name: window} for window in windows]
-        edits = [replace(edits[0], **changed) for changed in swept]
-    weights = parse_weights(options.reweight)
+    edit = PromptEdit(cross, self_window, LocalBlend(options.blend) if options.blend else None)
+    edits = [edit] if options.sweep is None else sweep_windows(edit, options.sweep)
+    pairs = [split_pair("--reweight", text, at_last=True) for text in options.reweight]
+    weights = by_word("--reweight", pairs, parse_weight)
     return [Reweight(weights, edit) if weights else edit for edit in edits]
+
+
+def sweep_windows(edit: PromptEdit, text: str) -> list[PromptEdit]:
+    """Return the edit with each window of cross=0.1,0.5 or self=0.1,0.5."""
+    kind, ends = split_pair("--sweep", text)
+    check(kind in ("cross", "self"), f"--sweep takes cross=0.1,0.5,0.9 or self=..., not {text!r}.")
+    name = f"{kind}_replace_steps"
+    is_free = getattr(edit, name) is None
+    check(is_free, f"--sweep {kind}=... sets what {option_of(name)} sets: give one.")
+    windows = [parse_window("--sweep", end) for end in ends.split(",")]
+    is_new = len(set(windows)) == len(windows)
+    check(is_new, f"--sweep has a window twice: {text!r}.")
+    changes: list[dict[str, Any]] = [{name: window} for window in windows]
+    return [replace(edit, **change) for change in changes]
+
+
+def by_word(
+    option: str, pairs: Sequence[tuple[str, str]], parse: Callable[[str, str], Any]
+) -> dict[str, Any]:
+    """Return what an option that is given for single words says of each."""
+    values: dict[str, Any] = {}
+    for word, text in pairs:
+        check(word not in values, f"{option} has two values for {word!r}: give one.")
+        values[word] = parse(option, text)
+    return values
 
 
 def parse_window(option: str, text: str) -> Window:
@@ -191,73 +198,23 @@ def parse_window(option: str, text: str) -> Window:
         ) from None
 
 
-def parse_windows(texts: Sequence[str]) -> dict[str, Window] | Window | None:
-    """Read any of 0.8, 0.1,0.8 and lion=0.4."""
-    windows: dict[str, Window] = {}
-    for text in texts:
-        word, value = DEFAULT, text
-        if "=" in text:
-            word, value = split_pair("--cross-replace-steps", text, at_last=True)
-        check(word not in windows, f"--cross-replace-steps has two windows for {word!r}: give one.")
-        windows[word] = parse_window("--cross-replace-steps", value)
-    return windows[DEFAULT] if list(windows) == [DEFAULT] else windows or None
-
-
-def parse_weights(texts: Sequence[str]) -> dict[str, float]:
-    """Read any of lion=2."""
-    weights: dict[str, float] = {}
-    for text in texts:
-        word, value = split_pair("--reweight", text, at_last=True)
-        try:
-            weight = float(value)
-        except ValueError:
-            weight = math.nan
-        is_finite = math.isfinite(weight)
-        check(is_finite, f"--reweight takes a finite number for {word!r}, not {value!r}.")
-        check(word not in weights, f"--reweight has two weights for {word!r}: give one.")
-        weights[word] = weight
-    return weights
-
-
-# --- the user's own picture -----------------------------------------------------------------------
-
-
-def check_picture_options(options: argparse.Namespace) -> None:
-    """Raise UserError where the options for the user's own picture do not go together."""
-    has_picture = bool(options.image or options.inversion)
-    check(
-        not has_picture or (options.prompt or "").strip(),
-        "Your own picture needs the prompt that says what it shows: give it first, in quotes.",
-    )
-    check(
-        options.image or not options.put_back,
-        "--put-back needs the whole picture: add --image FILE.",
-    )
-    for name in NEED_A_PICTURE:
-        check(
-            has_picture or not is_given(options, name),
-            f"{option_of(name)} needs your own picture: add --image FILE.",
-        )
-    for name in ("scheduler", "eta"):
-        check(
-            not has_picture or not getattr(options, name),
-            f"Your own picture is inverted by DDIM without new noise: leave out {option_of(name)}.",
-        )
-    check(
-        options.image or not options.inversion or options.inversion.exists(),
-        f"There is no {options.inversion}: add --image FILE to make it.",
-    )
+def parse_weight(option: str, text: str) -> float:
+    """Read a number, which Reweight checks."""
+    try:
+        return float(text)
+    except ValueError:
+        raise UserError(f"{option} takes a finite number after the =, not {text!r}.") from None
 
 
 def parse_source(options: argparse.Namespace) -> SourcePicture | None:
     """Return the user's own picture with the settings of its inversion, or None."""
     if not (options.image or options.inversion):
         return None
-    settings = {
-        "method": options.method,
-        "skip": options.skip,
-        "fit": options.fit,
-        "guidance_scale": options.inversion_guidance,
-    }
-    settings = {name: value for name, value in settings.items() if value is not None}
-    return SourcePicture(options.image and str(options.image), **settings)
+    check(
+        options.image or options.inversion.exists(),
+        f"There is no {options.inversion}: add --image FILE to make it.",
+    )
+    settings = settings_of(SourcePicture, options)
+    settings["image"] = options.image and str(options.image)
+    settings["guidance_scale"] = options.inversion_guidance_scale
+    return SourcePicture(**settings)

@@ -42,60 +42,57 @@ def edit_to_dict(edit: EditOfPrompt) -> dict[str, Any] | None:
     check(
         kind and type(edit) in (Reweight, type(plain)), f"the edit of type {type(plain).__name__}"
     )
-    self_window, blend = plain.self_replace_steps, None
-    cross: Any = plain.cross_replace_steps
-    if isinstance(cross, Mapping):
-        cross = {str(word): list(window(of_word)) for word, of_word in cross.items()}
-    elif cross is not None:
-        cross = list(window(cross))
-    if plain.local_blend is not None:
-        local = plain.local_blend
-        check(local.mask is None, "the mask of a blend")
-        blend = {
-            "words": list(local.words),
-            "threshold": float(local.threshold),
-            "start": float(local.start),
-            "subtract": list(local.subtract),
-        }
-    weights = edit.weights if isinstance(edit, Reweight) else {}
+    blend, weights = plain.local_blend, edit.weights if isinstance(edit, Reweight) else {}
+    check(blend is None or blend.mask is None, "the mask of a blend")
     return {
         "edit": kind,
-        "cross_replace_steps": cross,
-        "self_replace_steps": None if self_window is None else list(window(self_window)),
+        "cross_replace_steps": plain_windows(plain.cross_replace_steps),
+        "self_replace_steps": plain_windows(plain.self_replace_steps),
         "reweight": {word: float(weight) for word, weight in weights.items()},
         "everywhere": edit.everywhere if isinstance(edit, Reweight) else True,
-        "blend": blend,
+        "blend": blend
+        and {
+            "words": list(blend.words),
+            "threshold": float(blend.threshold),
+            "start": float(blend.start),
+            "subtract": list(blend.subtract),
+        },
     }
+
+
+def plain_windows(windows: Any) -> Any:
+    """Return the window of an edit as (start, end); those of words in a dictionary."""
+    if isinstance(windows, Mapping):
+        return {str(word): window(of_word) for word, of_word in windows.items()}
+    return None if windows is None else window(windows)
 
 
 def edit_from_dict(data: Any) -> EditOfPrompt:
     """Return the edit that `edit_to_dict` wrote down; keys may be missing. Raises UserError."""
     if data is None:
         return None
-    check(isinstance(data, Mapping), f"An edit is a dictionary or None, not {describe(data)}.")
-    check_keys(data, EDIT_KEYS, "an edit")
-    kind, blend, weights = data.get("edit", "auto"), data.get("blend"), data.get("reweight") or {}
+    check_table(data, EDIT_KEYS, "an edit")
+    kind, blend, weights = data.get("edit", "auto"), data.get("blend"), data.get("reweight")
     check(
         isinstance(kind, str) and kind in EDITS,
         f"An edit is one of {', '.join(EDITS)}, not {describe(kind)}.",
     )
     if blend is not None:
-        check(isinstance(blend, Mapping), f"A blend is a dictionary, not {describe(blend)}.")
-        check_keys(blend, BLEND_KEYS, "a blend")
+        check_table(blend, BLEND_KEYS, "a blend")
         blend = LocalBlend(**blend)
-    cross, self_window = data.get("cross_replace_steps"), data.get("self_replace_steps")
-    if isinstance(cross, Mapping):
-        cross = {str(word): window(of_word) for word, of_word in cross.items()}
-    elif cross is not None:
-        cross = window(cross)
-    edit = EDITS[kind](cross, None if self_window is None else window(self_window), blend)
+    names = "cross_replace_steps", "self_replace_steps"
+    edit = EDITS[kind](*(plain_windows(data.get(name)) for name in names), blend)
     everywhere = data.get("everywhere", True)
     check(isinstance(everywhere, bool), f"everywhere is true or false, not {describe(everywhere)}.")
     return Reweight(weights, edit, everywhere) if weights else edit
 
 
-def check_keys(data: Mapping[str, Any], keys: Sequence[str], name: str) -> None:
-    """Raise UserError if `data` has a key that is not one of `keys`. name: of what it describes."""
+def check_table(data: Any, keys: Sequence[str], name: str) -> None:
+    """Raise UserError unless `data` is a dictionary with these keys or some of them.
+
+    name: of what it describes, for the error's sentence.
+    """
+    check(isinstance(data, Mapping), f"{name} is a dictionary, not {describe(data)}.".capitalize())
     for key in data:
         check(key in keys, f"There is no {key!r} in {name}; it has {', '.join(keys)}.")
 

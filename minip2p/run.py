@@ -25,7 +25,7 @@ from .errors import UserError, check, describe
 from .invert import METHODS, Inversion, invert
 from .picture import FITS
 from .pipeline import Result, generate
-from .record import check_keys, edit_from_dict, edit_to_dict
+from .record import check_table, edit_from_dict, edit_to_dict
 from .scheduler import SCHEDULERS
 from .settings import BOUNDS, list_of
 from .weights import StableDiffusion
@@ -40,7 +40,7 @@ PROGRAM = "python", "-m", "minip2p.sample"
 class SourcePicture:
     """A picture to be edited, and how it is inverted; `invert` describes the settings."""
 
-    image: str | None  # a file; None where a record leaves its name out
+    image: str | None = None  # a file; None where a record leaves its name out
     method: str = "direct"
     skip: int = 0
     fit: str = "crop"
@@ -48,14 +48,7 @@ class SourcePicture:
     guidance_scale: float | None = None  # None: 1, with edit-friendly that of the run
 
     def __post_init__(self) -> None:
-        check(
-            isinstance(self.image, str | None),
-            f"A picture is the name of a file, not {describe(self.image)}.",
-        )
-        check_choice("method", self.method, METHODS)
-        check_choice("fit", self.fit, FITS)
-        for name in ("skip", "refinements", "guidance_scale"):
-            read_number(self, name)
+        check_fields(self)
 
 
 @dataclass(frozen=True)
@@ -95,20 +88,7 @@ class Run:
         set_field(self, "prompts", prompts)
         # Plain data and back: equal edits become equal objects, however they were written.
         set_field(self, "edits", tuple(edit_from_dict(edit_to_dict(edit)) for edit in edits))
-        for name in ("seed", "num_inference_steps", "guidance_scale", "eta", "height", "width"):
-            read_number(self, name)
-        check_choice("dtype", self.dtype, DTYPES)
-        if self.scheduler is not None:
-            check_choice("scheduler", self.scheduler, list(SCHEDULERS))
-        for name in ("negative_prompt", "model", "tokenizer"):
-            value = getattr(self, name)
-            is_text = isinstance(value, str) or (name == "tokenizer" and value is None)
-            check(is_text, f"The {name} must be a text, not {describe(value)}.")
-        check(isinstance(self.ema, bool | None), f"ema is true or false, not {describe(self.ema)}.")
-        check(
-            isinstance(self.source, SourcePicture | None),
-            f"source is a SourcePicture, not {describe(self.source)}.",
-        )
+        check_fields(self)
         if self.source:
             check(
                 self.scheduler in (None, "ddim") and not self.eta,
@@ -124,22 +104,18 @@ class Run:
 
         Raises UserError if the data is no run, or is one that only its caller could repeat.
         """
-        check(isinstance(data, Mapping), f"A run is a dictionary, not {describe(data)}.")
-        if callers_own := data.get("callers_own"):
-            lacking = ", ".join(map(str, callers_own))
-            raise UserError(f"This run can't be repeated from its record, which lacks {lacking}.")
-        check_keys(data, [field.name for field in fields(cls)], "a run")
+        check_table(data, [*(field.name for field in fields(cls)), "callers_own"], "a run")
+        lacking = ", ".join(map(str, data.get("callers_own") or ()))
+        check(not lacking, f"This run can't be repeated from its record, which lacks {lacking}.")
         check("prompts" in data, "A run needs prompts, and there are none.")
-        settings = {name: value for name, value in data.items() if value is not None}
+        settings = {name: v for name, v in data.items() if v not in (None, [])}
         edits = settings.get("edits", ())
         check(isinstance(edits, list | tuple), f"edits is a list, not {describe(edits)}.")
-        check(len(edits) < MOST_PROMPTS, f"A run has fewer than {MOST_PROMPTS} edits.")
         settings["edits"] = [edit_from_dict(edit) for edit in edits]
         if "source" in settings:
-            source = settings["source"]
-            check(isinstance(source, Mapping), f"source is a dictionary, not {describe(source)}.")
-            check_keys(source, [field.name for field in fields(SourcePicture)], "a source")
-            settings["source"] = SourcePicture(**{"image": None, **source})
+            names = [field.name for field in fields(SourcePicture)]
+            check_table(settings["source"], names, "a source")
+            settings["source"] = SourcePicture(**settings["source"])
         return cls(**settings)
 
     def to_dict(self) -> dict[str, Any]:
@@ -157,14 +133,12 @@ class Run:
         if self.source:
             defaults = {**defaults, "scheduler": "ddim"}
         names = "num_inference_steps", "guidance_scale", "scheduler", "height", "width"
-        filled = {name: defaults[name] for name in names if getattr(self, name) is None}
         edits = [with_windows(edit, defaults) for edit in self.edits]
-        run = replace(self, edits=edits, **filled)
-        if run.source and run.source.guidance_scale is None:
-            return replace(
-                run, source=replace(run.source, guidance_scale=run.usual_inversion_guidance())
-            )
-        return run
+        run = replace(fill(self, names, defaults), edits=edits)
+        if run.source is None:
+            return run
+        usual_guidance = {"guidance_scale": run.usual_inversion_guidance()}
+        return replace(run, source=fill(run.source, ["guidance_scale"], usual_guidance))
 
     def usual_inversion_guidance(self) -> float | None:
         """Return the guidance scale of the inversion where none is given."""
@@ -197,10 +171,9 @@ class Run:
             settled["method"] = self.source.method
             if self.source.method != "edit-friendly":
                 settled["seed"] = None  # no noise is drawn
-            for name in ("skip", "fit", "refinements"):
-                if getattr(self.source, name) != usual(name):
-                    settled[name] = getattr(self.source, name)
-            if self.source.guidance_scale not in (None, self.usual_inversion_guidance()):
+            changed = changed_fields(self.source)
+            settled |= {n: v for n, v in changed.items() if n in ("skip", "fit", "refinements")}
+            if self.source.guidance_scale != self.usual_inversion_guidance():
                 settled["inversion_guidance_scale"] = self.source.guidance_scale
         return settled
 
@@ -255,7 +228,7 @@ class Run:
         options: more of them, before the prompt. Raises UserError for what has no option.
         """
         words = [*PROGRAM, *options]
-        for option, value in [*run_options(self), *edit_options(self)]:
+        for option, value in [*setting_options(self), *edit_options(self)]:
             if value is None:
                 words.append(option)
             elif value.startswith("-"):
@@ -264,37 +237,38 @@ class Run:
                 words += [option, value]
         return [*words, *["--"] * self.prompts[0].startswith("-"), self.prompts[0]]
 
-    def python(self, store: str = "", device: str | None = None) -> str:
-        """Return a Python script that makes the same pictures.
-
-        store: Python for generate's `store`, as "PageStore()". device: for `load`.
-        """
-        loading = {"source": self.model, "tokenizer": self.tokenizer, "ema": self.ema}
-        loading |= {"device": device}
-        load = [f"{name}={v!r}" for name, v in loading.items() if v not in (None, "emoji")]
-        lines = ["import minip2p"]
-        if self.dtype != "float32":
-            lines.append("import torch")
-            load.append(f"dtype=torch.{self.dtype}")
-        if store == "PageStore()":
-            lines.append("from minip2p.html.page import PageStore")
-        lines += ["", f"model = minip2p.load({', '.join(load)})"]
-        settings = {"edit": list(self.edits)} if any(self.edits) else {}
-        settings |= {name: value for name, value in self.settings().items() if value != usual(name)}
-        generate = [repr(list(self.prompts)), *(f"{n}={code(v)}" for n, v in settings.items())]
+    def python(self, device: str | None = None) -> str:
+        """Return a Python script that makes the same pictures. device: for `load`"""
+        changed = changed_fields(self)
+        loading = {"source": changed.get("model"), "tokenizer": self.tokenizer, "ema": self.ema}
+        loading |= {"dtype": changed.get("dtype"), "device": device}
+        lines = ["import minip2p", "", f"model = minip2p.load({', '.join(arguments(**loading))})"]
+        edit = list(self.edits) if any(self.edits) else None
+        settings = {name: v for name, v in self.settings().items() if name in changed}
+        generate = arguments(list(self.prompts), edit=edit, **settings)
         if self.source:
-            inversion = {n: v for n, v in self.inversion().items() if v != usual(n)}
-            invert = [repr(self.need_image()), repr(self.prompts[0])]
-            invert += [f"{name}={value!r}" for name, value in inversion.items()]
-            lines.append(f"source = minip2p.invert(model, {', '.join(invert)})")
+            changed |= {"guidance_scale": None} | changed_fields(self.source)
+            inversion = {name: v for name, v in self.inversion().items() if name in changed}
+            invert = arguments(self.need_image(), self.prompts[0], **inversion)
+            lines.append(f"source = minip2p.invert({', '.join(['model', *invert])})")
             generate.append("source=source")
-        generate += [f"store={store}"] if store else []
-        lines += ["result = minip2p.generate(", "    model,"]
-        lines += [*(f"    {argument}," for argument in generate), ")"]
-        return "\n".join([*lines, 'result.images[-1].save("picture.png")', ""])
+        lines.append("result = minip2p.generate(")
+        lines += [f"    {argument}," for argument in ["model", *generate]]
+        return "\n".join([*lines, ")", 'result.images[-1].save("picture.png")', ""])
 
 
 # --- fields ---------------------------------------------------------------------------------------
+
+
+CHOICES = {"method": METHODS, "fit": FITS, "dtype": DTYPES, "scheduler": tuple(SCHEDULERS)}
+TYPES = {
+    "negative_prompt": (str, "a text"),
+    "model": (str, "a text"),
+    "tokenizer": (str, "a text"),
+    "image": (str, "the name of a file"),
+    "ema": (bool, "true or false"),
+    "source": (SourcePicture, "a SourcePicture"),
+}
 
 
 def set_field(instance: object, name: str, value: Any) -> None:
@@ -302,37 +276,51 @@ def set_field(instance: object, name: str, value: Any) -> None:
     object.__setattr__(instance, name, value)
 
 
-def read_number(instance: object, name: str) -> None:
-    """Make a field Python's own number; one whose default is None may be None.
+def check_fields(instance: Run | SourcePicture) -> None:
+    """Raise UserError for a field with a wrong value; make numbers Python's own.
 
-    Raises UserError if it is out of its bounds.
+    A field whose default is None may be None.
     """
-    value = getattr(instance, name)
-    if value is not None or usual(name) is not None:
-        set_field(instance, name, BOUNDS[name].read(value, f"The {name.replace('_', ' ')}"))
+    for field in fields(instance):
+        name, value = field.name, getattr(instance, field.name)
+        if value is None and field.default is None:
+            continue
+        title = f"The {name.replace('_', ' ')}"
+        if name in BOUNDS:
+            set_field(instance, name, BOUNDS[name].read(value, title))
+        elif name in CHOICES:
+            is_choice = isinstance(value, str) and value in CHOICES[name]
+            options = ", ".join(CHOICES[name])
+            check(is_choice, f"{title} is one of {options}, not {describe(value)}.")
+        elif name in TYPES:
+            kind, noun = TYPES[name]
+            check(isinstance(value, kind), f"{title} must be {noun}, not {describe(value)}.")
 
 
-def check_choice(name: str, value: Any, choices: Sequence[str]) -> None:
-    """Raise UserError unless the value is one of the choices."""
-    is_choice = isinstance(value, str) and value in choices
-    check(is_choice, f"The {name} is one of {', '.join(choices)}, not {describe(value)}.")
-
-
-def usual(name: str) -> Any:
-    """Return the default of a field of Run or of SourcePicture; they agree."""
-    return next(f.default for f in (*fields(Run), *fields(SourcePicture)) if f.name == name)
+def changed_fields(instance: Any) -> dict[str, Any]:
+    """Return the fields of a dataclass whose values are not their defaults."""
+    values = {
+        field.name: (getattr(instance, field.name), field.default) for field in fields(instance)
+    }
+    return {name: value for name, (value, default) in values.items() if value != default}
 
 
 def with_windows(edit: EditOfPrompt, defaults: Mapping[str, Any]) -> EditOfPrompt:
     """Return the edit with the windows that it leaves open filled in."""
     if edit is None:
         return None
-    if isinstance(edit, Reweight):
-        inner = with_windows(edit.edit, defaults)
-        assert isinstance(inner, PromptEdit)
-        return replace(edit, edit=inner)
     names = "cross_replace_steps", "self_replace_steps"
-    return replace(edit, **{n: defaults[n] for n in names if getattr(edit, n) is None})
+    return with_base(edit, fill(base(edit), names, defaults))
+
+
+def fill(instance: Any, names: Sequence[str], defaults: Mapping[str, Any]) -> Any:
+    """Return a dataclass with the default of each of these fields that is None."""
+    return replace(instance, **{n: defaults[n] for n in names if getattr(instance, n) is None})
+
+
+def with_base(edit: PromptEdit | Reweight, new: PromptEdit) -> PromptEdit | Reweight:
+    """Return the new edit, with the weights that `edit` has."""
+    return replace(edit, edit=new) if isinstance(edit, Reweight) else new
 
 
 # --- ids ------------------------------------------------------------------------------------------
@@ -356,42 +344,35 @@ def identify(settled: Mapping[str, Any]) -> str:
 
 # --- commands and Python --------------------------------------------------------------------------
 
-OPTIONS = {
-    "model": "--model",
-    "tokenizer": "--tokenizer",
-    "dtype": "--dtype",
+OPTIONS = {  # that are not named as what they set
+    "prompt": "the prompt",
     "num_inference_steps": "--steps",
     "guidance_scale": "--guidance",
     "negative_prompt": "--negative",
-    "seed": "--seed",
-    "scheduler": "--scheduler",
-    "eta": "--eta",
-    "height": "--height",
-    "width": "--width",
-}
-SOURCE_OPTIONS = {
-    "method": "--method",
-    "skip": "--skip",
-    "fit": "--fit",
-    "guidance_scale": "--inversion-guidance",
+    "inversion_guidance_scale": "--inversion-guidance",
 }
 Options = Iterator[tuple[str, str | None]]
 
 
-def run_options(run: Run) -> Options:
+def option_of(name: str) -> str:
+    """Return the command line's option for a setting."""
+    return OPTIONS.get(name) or f"--{name.replace('_', '-')}"
+
+
+def setting_options(run: Run) -> Options:
     """Yield the options for all but the edits, each with its value; None where it has none."""
-    for name, option in OPTIONS.items():
-        has_none = run.source and name in ("scheduler", "eta")
-        if getattr(run, name) != usual(name) and not has_none:
-            yield option, plain(getattr(run, name))
-    if run.ema is not None:
-        yield ("--ema" if run.ema else "--no-ema"), None
+    settings = changed_fields(run)
     if run.source:
-        yield "--image", run.need_image()
+        run.need_image()
         check(not run.source.refinements, "The command line has no option for refinements.")
-        for name, option in SOURCE_OPTIONS.items():
-            if getattr(run.source, name) != usual(name):
-                yield option, plain(getattr(run.source, name))
+        source = changed_fields(run.source)
+        source["inversion_guidance_scale"] = source.pop("guidance_scale", None)
+        settings |= {"scheduler": None, "eta": None} | source
+    for name, value in settings.items():
+        if name == "ema":
+            yield ("--ema" if value else "--no-ema"), None
+        elif value is not None and name not in ("prompts", "edits", "source"):
+            yield option_of(name), plain(value)
 
 
 def edits_by_target(run: Run) -> list[tuple[str, list[EditOfPrompt]]]:
@@ -462,8 +443,7 @@ def swept_windows(edits: Sequence[PromptEdit | Reweight]) -> tuple[str, list[flo
 
 def without_window(edit: PromptEdit | Reweight, kind: str) -> PromptEdit | Reweight:
     """Return the edit without its window of that kind, "cross" or "self"."""
-    plain_edit = replace(base(edit), **{f"{kind}_replace_steps": None})
-    return replace(edit, edit=plain_edit) if isinstance(edit, Reweight) else plain_edit
+    return with_base(edit, replace(base(edit), **{f"{kind}_replace_steps": None}))
 
 
 def check_expressible(edit: PromptEdit | Reweight, source: str, target: str) -> None:
@@ -496,13 +476,16 @@ def quoted(words: Sequence[str]) -> str:
     return " ".join(map(quote, words))
 
 
+def arguments(*values: Any, **settings: Any) -> list[str]:
+    """Return the arguments of a call as Python. Settings that are None are left out."""
+    named = {name: value for name, value in settings.items() if value is not None}
+    return [*map(code, values), *(f"{name}={code(value)}" for name, value in named.items())]
+
+
 def code(value: Any) -> str:
     """Return Python that makes the value again; an edit without what it has by default."""
     if isinstance(value, list):
         return f"[{', '.join(map(code, value))}]"
     if not is_dataclass(value):
         return repr(value)
-    values = {f.name: getattr(value, f.name) for f in fields(value)}
-    changed = [f.name for f in fields(value) if values[f.name] != f.default]
-    arguments = ", ".join(f"{name}={code(values[name])}" for name in changed)
-    return f"minip2p.{type(value).__name__}({arguments})"
+    return f"minip2p.{type(value).__name__}({', '.join(arguments(**changed_fields(value)))})"

@@ -10,7 +10,7 @@ import argparse
 import json
 import sys
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +23,7 @@ from .errors import UserError, check
 from .explain import explain
 from .html.page import PageStore, page
 from .invert import Inversion, ReplayDDIM
-from .options import is_given, make_parser, make_run, option_of
+from .options import is_given, make_parser, make_run
 from .outputs import (
     SOFTWARE,
     check_folder,
@@ -36,12 +36,10 @@ from .outputs import (
 )
 from .pipeline import Result
 from .program import run_program, say
-from .run import OPTIONS, SOURCE_OPTIONS, Run, code, edits_by_target, quoted
+from .run import Run, code, edits_by_target, option_of, quoted
 from .saved import write_files
 from .settings import defaults_of
 from .weights import StableDiffusion, load
-
-MOST_WORDS = 1000  # of a command that a picture records
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -54,8 +52,8 @@ def main(argv: Sequence[str] | None = None) -> int:
 def sample(argv: Sequence[str]) -> None:
     """Make the pictures that a command asks for, and write their files."""
     options = make_parser().parse_args(argv)
-    original = read_original(options) if options.repeat else None
-    run = original.run if original else make_run(options)
+    image, texts = read_png(options.repeat) if options.repeat else (None, {})
+    run = repeated_run(options, texts) if options.repeat else make_run(options)
     source, run = load_inversion(options, run)
     check_files(options, run)
 
@@ -79,8 +77,8 @@ def sample(argv: Sequence[str]) -> None:
     pictures = write(result, run.resolved(defaults_of(model)), options)
     if options.preview:
         say(options.preview)
-    if original:
-        compare(options.repeat, original.image, original.name, pictures)
+    if image:
+        compare(options.repeat, image, texts.get("file", ""), pictures)
 
 
 # --- the user's own picture -----------------------------------------------------------------------
@@ -97,12 +95,16 @@ def load_inversion(options: argparse.Namespace, run: Run) -> tuple[Inversion | N
     source = Inversion.load(path)
     settings = source.settings
     # A command asks for what it names, and the run of --repeat for everything.
-    wanted = run.inversion() if options.repeat else inversion_options(options, settings["method"])
-    for name, value in wanted.items():
-        option = {**OPTIONS, **SOURCE_OPTIONS}.get(name, name)
+    wanted = vars(options) | {"guidance_scale": options.inversion_guidance_scale}
+    if options.repeat:
+        wanted = run.inversion() | {"prompt": run.prompts[0]}
+    elif settings["method"] == "edit-friendly" and wanted["guidance_scale"] is None:
+        wanted["guidance_scale"] = options.guidance_scale
+    for name, value in settings.items():
+        option = option_of("inversion_guidance_scale" if name == "guidance_scale" else name)
         check(
-            value in (None, settings[name]),
-            f"{path} was made with {option} {settings[name]}, not {value}: give that, or name "
+            wanted.get(name) in (None, value),
+            f"{path} was made with {option} {value}, not {wanted.get(name)}: give that, or name "
             "another file.",
         )
     if options.image is not None:
@@ -111,57 +113,34 @@ def load_inversion(options: argparse.Namespace, run: Run) -> tuple[Inversion | N
         is_same = read.image.tobytes() == source.picture.image.tobytes()
         check(is_same, f"{path} is of another picture than {options.image}: name another file.")
         source = replace(source, picture=read)  # with the whole of it, to put edits back
-    names = "method", "skip", "fit", "refinements", "guidance_scale"
-    how = replace(run.source, **{name: settings[name] for name in names})
-    sizes = "num_inference_steps", "seed", "height", "width"
-    return source, replace(run, source=how, **{name: settings[name] for name in sizes})
-
-
-def inversion_options(options: argparse.Namespace, method: str) -> dict[str, Any]:
-    """Return the arguments of `invert` that options name, and None for the others."""
-    names = "seed", "height", "width", "method", "skip", "fit"
-    wanted = {name: getattr(options, name) for name in names}
-    wanted |= {"num_inference_steps": options.steps, "guidance_scale": options.inversion_guidance}
-    if wanted["guidance_scale"] is None and method == "edit-friendly":
-        wanted["guidance_scale"] = options.guidance
-    return wanted
+    how = {f.name: settings[f.name] for f in fields(run.source) if f.name in settings}
+    sizes = {name: settings[name] for name in ("num_inference_steps", "seed", "height", "width")}
+    return source, replace(run, source=replace(run.source, **how), **sizes)
 
 
 # --- a run again ----------------------------------------------------------------------------------
-
-
-@dataclass
-class Original:
-    """A picture whose run is made again."""
-
-    run: Run
-    image: Image.Image
-    name: str  # its file was written under
 
 
 BESIDE_REPEAT = ["out", "preview", "explain", "image", "inversion", "maps", "html", "device"]
 EXTRAS = ["maps", "put_back", "fast"]  # options that are repeated, but are no part of a Run
 
 
-def read_original(options: argparse.Namespace) -> Original:
-    """Read what --repeat names, and set the options that its run had beside the Run.
+def repeated_run(options: argparse.Namespace, texts: dict[str, str]) -> Run:
+    """Return the run in the texts of --repeat's picture, and set its options beside the Run.
 
     Nothing in the file is run as code, and nothing of it says where files are written.
     Raises UserError for a picture without a run, and for options that would change the run.
     """
-    changes = [name for name in vars(options) if is_given(options, name)]
-    allowed = [*BESIDE_REPEAT, "repeat", "prompt"]
-    changes = [option_of(name) for name in changes if name not in allowed]
-    changes += ["a prompt"] if options.prompt is not None else []
+    allowed = [*BESIDE_REPEAT, "repeat"]
+    changes = [n for n in vars(options) if n not in allowed and is_given(options, n)]
     check(
         not changes,
-        f"--repeat makes a picture's run as it was: leave out {', '.join(changes)}; beside it "
-        f"there can be {', '.join(map(option_of, BESIDE_REPEAT))}.",
+        "--repeat makes a picture's run as it was: leave out "
+        f"{', '.join(map(option_of, changes))}; beside it there can be "
+        f"{', '.join(map(option_of, BESIDE_REPEAT))}.",
     )
-    image, texts = read_png(options.repeat)
-    run, extras = read_record(options.repeat, texts)
-    has_inversion = options.inversion is not None and options.inversion.exists()
-    has_picture = options.image is not None or has_inversion
+    run, extras, page_name = read_record(options.repeat, texts)
+    has_picture = options.image or (options.inversion and options.inversion.exists())
     check(
         has_picture or not run.source,
         f"{options.repeat} was made from a picture, which is not in it: add --image FILE.",
@@ -178,13 +157,13 @@ def read_original(options: argparse.Namespace) -> Original:
         run = replace(run, source=replace(run.source, image=options.image and str(options.image)))
     for name in EXTRAS:
         setattr(options, name, getattr(options, name) or extras[name])
-    if extras["html"] and not options.html:
-        options.html = options.out / Path(extras["html"]).name
-    return Original(run, image, texts.get("file", ""))
+    if page_name and not options.html:
+        options.html = options.out / page_name
+    return run
 
 
-def read_record(path: Path, texts: dict[str, str]) -> tuple[Run, dict[str, Any]]:
-    """Return the run in a picture's metadata, and the options of EXTRAS and html."""
+def read_record(path: Path, texts: dict[str, str]) -> tuple[Run, dict[str, bool], str]:
+    """Return the run in a picture's metadata, the options of EXTRAS, and the name of its page."""
     if "run" not in texts and "command" not in texts:
         raise UserError(
             f"{path} does not say how it was made: --repeat takes a picture that minip2p's command "
@@ -192,25 +171,20 @@ def read_record(path: Path, texts: dict[str, str]) -> tuple[Run, dict[str, Any]]
         )
     try:
         if "run" in texts:
-            extras = json.loads(texts.get("options", "{}"))
             run = Run.from_dict(json.loads(texts["run"]))
+            extras = json.loads(texts.get("options", "{}"))
         else:  # of the second edition: its command, as a list of words
             words = json.loads(texts["command"])
-            is_command = isinstance(words, list) and 0 < len(words) <= MOST_WORDS
-            check(is_command and all(isinstance(w, str) for w in words), "no list of words")
-            check(not {"-h", "--help", "--version"} & {*words}, "another command")
-            parser = make_parser()
-            recorded = parser.parse_args(words)
-            run = make_run(recorded)
-            extras = vars(recorded) | {"html": recorded.html and str(recorded.html)}
-        extras = {name: extras.get(name) or None for name in (*EXTRAS, "html")}
-        check(isinstance(extras["html"], str | None), "html is no name")
-    except (ValueError, AttributeError, RecursionError) as error:
+            check(words and not {"-h", "--help", "--version"} & {*words}, "it is another command")
+            recorded = make_parser().parse_args(words)
+            run, extras = make_run(recorded), vars(recorded)
+        page_name = Path(extras.get("html") or "").name
+        return run, {name: bool(extras.get(name)) for name in EXTRAS}, page_name
+    except (ValueError, TypeError, AttributeError, RecursionError) as error:
         raise UserError(
             f"{path} can't be repeated: its metadata is damaged, or another version of minip2p "
             f"wrote it ({str(error).rstrip('.')[:200]})."
         ) from None
-    return run, extras
 
 
 # --- from a run to files --------------------------------------------------------------------------

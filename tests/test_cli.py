@@ -882,8 +882,8 @@ NO_REPEATS = [
     *((f"--repeat {name}.png", f"{name}.png", "damaged") for name in [*RECORDS][1:]),
     ("--repeat out/picture.png --seed 8888", "leave out --seed", "--out"),
     ("--repeat out/picture.png --swap=a=b --baseline", "leave out --swap, --baseline"),
-    ("'a dog' --repeat out/picture.png", "leave out a prompt"),
-    ("--repeat out/picture.png -- --steps", "leave out a prompt"),
+    ("'a dog' --repeat out/picture.png", "leave out the prompt"),
+    ("--repeat out/picture.png -- --steps", "leave out the prompt"),
     ("--repeat out/picture.png --repeat out/picture.png", "--repeat", "once"),
     ("--repeat out/picture.png --image bare.png", "without a picture", "leave out --image"),
 ]

@@ -213,7 +213,7 @@ def test_python_makes_the_same_pictures(toy, tmp_path: Path, monkeypatch: pytest
         names: dict[str, Any] = {}
         exec(run.python(), names)
         assert names["result"].latents.equal(run.generate(toy).latents)
-    assert "dtype=torch.float16" in Run(CAT, dtype="float16").python()
+    assert "dtype='float16'" in Run(CAT, dtype="float16").python()
 
 
 @pytest.mark.parametrize(

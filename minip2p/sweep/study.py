@@ -132,10 +132,11 @@ def label(value: Any) -> str:
     if isinstance(value, Mapping):
         words = {"others" if word == DEFAULT else word: v for word, v in value.items()}
         return ", ".join(f"{word} {label(v)}" for word, v in words.items())
-    if isinstance(value, list) and len(value) == 2 and all(isinstance(v, float) for v in value):
+    is_list = isinstance(value, list | tuple)
+    if is_list and len(value) == 2 and all(isinstance(v, float) for v in value):
         start, end = map(label, value)  # a window
         return end if start == "0" else f"{start} to {end}"
-    if isinstance(value, list):
+    if is_list:
         return ", ".join(json.dumps(v) if "," in str(v) else str(v) for v in value)
     return repr(value).removesuffix(".0") if isinstance(value, float) else str(value)
 
