@@ -125,7 +125,7 @@ MISTAKES = [
     (HEAD + 'model = ["emoji", "other"]', "model: a study has one for all runs"),
     ("seed = 1", "prompt: every run needs a prompt"),
     ('prompt = " "', "prompt: it must be a prompt"),
-    (HEAD + 'swap = "squirrel"', "swap: a swap takes two sides, OLD=NEW, not 'squirrel'"),
+    (HEAD + 'swap = "squirrel"', "swap: a swap takes two sides, A=B, not 'squirrel'"),
     (HEAD + 'swap = ["squirrel=lion", "dog=cat"]', "no word 'dog' in 'a squirrel"),
     (SWAP + f'to = "{LION}"', "to: swap and to both give the edited prompt"),
     (HEAD + "cross_replace_steps = 0.5", "it needs an edit: add swap, to or reweight"),

@@ -15,9 +15,10 @@ import difflib
 import itertools
 import json
 import os
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
+from functools import partial
 from importlib import import_module
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -25,6 +26,7 @@ from typing import Any, NamedTuple
 from ..align import DEFAULT
 from ..edit import EditOfPrompt
 from ..errors import UserError, check, describe
+from ..program import split_pair
 from ..record import EDITS, edit_from_dict
 from ..run import Run, SourcePicture
 from ..words import places, swap_word
@@ -37,8 +39,13 @@ EDIT = ["swap", "to", "edit", "cross_replace_steps", "self_replace_steps", "rewe
 SOURCE = ["image", "method", "inversion_guidance_scale"]
 RUN = ["seed", "num_inference_steps", "guidance_scale", "scheduler", "eta", "height", "width"]
 SETTINGS = ["prompt", "negative_prompt", *EDIT, *SOURCE, *RUN, *ONE_FOR_ALL]
-NEED_AN_EDIT = "cross_replace_steps", "self_replace_steps", "blend"
-MAKE_AN_EDIT = "swap", "to", "reweight"
+NEEDS = {  # one of which keys a key needs, and how to give it
+    ("cross_replace_steps", "self_replace_steps", "blend"): (
+        {"swap", "to", "reweight"},
+        "an edit: add swap, to or reweight",
+    ),
+    ("method", "inversion_guidance_scale"): ({"image"}, "a picture to edit: add image"),
+}
 # The study's keys for the settings of an edit that name words.
 KEY_OF = {"weights": "reweight", "local_blend": "blend", "subtract": "blend"}
 
@@ -98,10 +105,9 @@ def read_words(value: Any) -> list[str]:
     return list(words)
 
 
-def split_swap(swap: str) -> tuple[str, str]:
-    old, _, new = (part.strip() for part in swap.partition("="))
-    check(old and new, f"a swap takes two sides, OLD=NEW, not {swap!r}")
-    return old, new
+def read_swaps(value: Any) -> list[tuple[str, str]]:
+    """Return the two sides of OLD=NEW, or of a list of them."""
+    return [split_pair("a swap", swap) for swap in read_words(value)]
 
 
 def read_blend(value: Any) -> Settings | None:
@@ -118,6 +124,14 @@ def read_image(value: Any, folder: Path) -> str:
     path = os.path.abspath(folder / os.path.expanduser(value))
     check(os.path.isfile(path), f"there is no picture {path}")
     return path
+
+
+READERS: dict[str, Callable[[Any], Any]] = {
+    "prompt": read_prompt,
+    "to": read_prompt,
+    "swap": read_swaps,
+    "blend": read_blend,
+}
 
 
 def label(value: Any) -> str:
@@ -155,70 +169,52 @@ def error_in(key: str) -> Iterator[None]:
 
 def read_run(values: Settings, folder: Path) -> StudyRun:
     """Return the run of one line, or of one combination. folder: the study's. Raises UserError."""
-    settings = dict(values)
-    for key in settings:
+    settings: Settings = {}
+    readers = READERS | {"image": partial(read_image, folder=folder)}
+    for key, value in values.items():
         check_key(key)
-    for key in NEED_AN_EDIT:
-        useless = settings.get(key) not in (None, []) and not settings.keys() & MAKE_AN_EDIT
-        check(not useless, f"{key}: it needs an edit: add swap, to or reweight")
-    source = read_source(settings, folder)
-    prompts, edits, swaps = read_edit(settings)
-    return StudyRun(Run(prompts, edits, source=source, **settings), swaps)
+        with error_in(key):
+            value = readers[key](value) if key in readers and value is not None else value
+        if value not in (None, []):
+            settings[key] = value
+    check("prompt" in settings, "prompt: every run needs a prompt, and there is none")
+    check(not {"swap", "to"} <= settings.keys(), "to: swap and to both give the edited prompt")
+    for keys, (needed, what) in NEEDS.items():
+        for key in keys:
+            has_it = key not in settings or settings.keys() & needed
+            check(has_it, f"{key}: it needs {what}")
+    source = None
+    if "image" in settings:
+        method, image = settings.pop("method", "direct"), settings.pop("image")
+        guidance_scale = settings.pop("inversion_guidance_scale", None)
+        source = SourcePicture(image, method, guidance_scale=guidance_scale)
+    swaps = settings.pop("swap", [])
+    prompts, edits = read_edit(settings, swaps)
+    run = Run(prompts, edits, source=source, **settings)
+    return StudyRun(run, [f"{old}={new}" for old, new in swaps])
 
 
-def read_source(settings: Settings, folder: Path) -> SourcePicture | None:
-    """Take the picture to edit out of a run's settings."""
-    image, method, guidance_scale = (
-        settings.pop(key, None) for key in ("image", "method", "inversion_guidance_scale")
-    )
-    if image is None:
-        check(method is None, "method: it needs a picture to edit: add image")
-        check(guidance_scale is None, "inversion_guidance_scale: it needs a picture: add image")
-        return None
-    with error_in("image"):
-        path = read_image(image, folder)
-    method = "direct" if method is None else method
-    return SourcePicture(path, method, guidance_scale=guidance_scale)
-
-
-def read_target(settings: Settings, prompt: str) -> tuple[str | None, list[str]]:
-    """Take the edited prompt, and the swaps that make it, out of a run's settings."""
-    to, swaps = settings.pop("to", None), settings.pop("swap", [])
-    with error_in("swap"):
-        swaps = [split_swap(swap) for swap in read_words(swaps)]
-    with error_in("to"):
-        check(to is None or not swaps, "swap and to both give the edited prompt: keep one")
-        if to is not None:
-            return read_prompt(to), []
-    if not swaps:
-        return prompt if settings.get("reweight") else None, []
-    target = prompt
+def read_edit(
+    settings: Settings, swaps: Sequence[tuple[str, str]]
+) -> tuple[list[str], list[EditOfPrompt]]:
+    """Take the prompts and the edit out of a run's settings. Raises UserError for unknown words."""
+    prompt = settings.pop("prompt")
+    target = settings.pop("to", prompt if swaps or settings.get("reweight") else None)
     with error_in("swap"):
         for old, new in swaps:
             target = swap_word(target, old, new)
-    return target, [f"{old}={new}" for old, new in swaps]
-
-
-def read_edit(settings: Settings) -> tuple[list[str], list[EditOfPrompt], list[str]]:
-    """Take the prompts, the edit and the swaps out of a run's settings."""
-    check("prompt" in settings, "prompt: every run needs a prompt, and there is none")
-    with error_in("prompt"):
-        prompt = read_prompt(settings.pop("prompt"))
-    target, swaps = read_target(settings, prompt)
     names = "cross_replace_steps", "self_replace_steps", "reweight", "blend"
     values = {name: settings.pop(name, None) for name in names}
-    with error_in("blend"):
-        values["blend"] = None if values["blend"] is None else read_blend(values["blend"])
     kind, kinds = settings.pop("edit", "auto"), [*EDITS, "none"]
     check(kind in kinds, f"edit: it is one of {', '.join(kinds)}, not {describe(kind)}")
     edit = None if kind == "none" else edit_from_dict({"edit": kind, **values})
     if target is None:
-        return [prompt], [], swaps
+        return [prompt], []
     for setting, word in edit.named_words() if edit else ():
         is_known = places(prompt, word) or places(target, word)
         where = repr(prompt) if prompt == target else f"{prompt!r} or {target!r}"
         check(is_known, f"{KEY_OF.get(setting, setting)}: there is no word {word!r} in {where}")
-    return [prompt, target], [edit], swaps
+    return [prompt, target], [edit]
 
 
 def resolve(runs: Sequence[StudyRun], model: Settings) -> list[SweepRun]:
@@ -243,21 +239,6 @@ def resolve(runs: Sequence[StudyRun], model: Settings) -> list[SweepRun]:
 # --- a whole file ---------------------------------------------------------------------------------
 
 
-class Errors:
-    """The mistakes in a file. Combinations of a table share theirs, so each is kept once."""
-
-    def __init__(self, path: Path):
-        self.path, self.sentences = path, dict[str, None]()
-
-    @contextmanager
-    def at(self, place: str) -> Iterator[None]:
-        """Keep the mistake that is raised. place: where it stands in the file, or ""."""
-        try:
-            yield
-        except UserError as error:
-            self.sentences[f"{self.path}{place}: {str(error).rstrip('.')}."] = None
-
-
 def read(path: Path) -> list[StudyRun]:
     """Return the runs of a study. Raises StudyError, or UserError if there is none to be read."""
     try:
@@ -266,74 +247,78 @@ def read(path: Path) -> list[StudyRun]:
         reason = getattr(error, "strerror", None) or "it is no text in UTF-8"
         raise UserError(f"{path} can't be read: {reason}.") from None
     check(path.suffix in PARSERS, f"A study is a {' or '.join(PARSERS)} file, not {path}.")
-    errors, common = Errors(path), dict[str, Any]()
-    runs = []
-    for place, values in PARSERS[path.suffix](content, errors):
-        with errors.at(place):
-            for key in ONE_FOR_ALL:
-                is_same = key not in values or common.setdefault(key, values[key]) == values[key]
-                check(is_same, f"{key}: a study has one for all runs, and there is another before")
-            runs.append(read_run(values, path.parent))
-    if errors.sentences:
-        raise StudyError(list(errors.sentences))
+    with error_in(str(path)):
+        parts = PARSERS[path.suffix](content)
+    # The combinations of a table share their mistakes, so each sentence is kept once.
+    sentences, runs, common = dict[str, None](), [], dict[str, Any]()
+    for place, load in parts:
+        try:
+            with error_in(f"{path}{place}"):
+                values = load()
+                for key in ONE_FOR_ALL:
+                    is_same = (
+                        key not in values or common.setdefault(key, values[key]) == values[key]
+                    )
+                    check(
+                        is_same, f"{key}: a study has one for all runs, and there is another before"
+                    )
+                runs.append(read_run(values, path.parent))
+        except UserError as error:
+            sentences[f"{str(error).rstrip('.')}."] = None
+    if sentences:
+        raise StudyError(list(sentences))
     check(runs, f"{path} has no run: it needs at least a prompt.")
     return [StudyRun(replace(run, **common), swaps) for run, swaps in runs]
 
 
-def parse(loads: Callable[[str], Any], content: str) -> Any:
-    """Return what a parser reads. Raises UserError for what it can't read."""
+def parse(loads: Callable[[str], Any], content: str) -> Settings:
+    """Return the table that a parser reads. Raises UserError for anything else."""
     try:
-        return loads(content)
+        table = loads(content)
     except ValueError as error:
         raise UserError(str(error)) from None
     except RecursionError:
         raise UserError("it is nested too deeply") from None
+    check(isinstance(table, dict), "a run is an object, {...}")
+    return table
 
 
-def parse_jsonl(content: str, errors: Errors) -> Iterator[tuple[str, Settings]]:
-    """Yield each line's place and settings."""
-    for n, line in enumerate(content.split("\n"), 1):
-        values = None
-        with errors.at(f" line {n}"):
-            values = parse(json.loads, line) if line.strip() else None
-            check(values is None or isinstance(values, dict), "a run is an object, {...}")
-        if isinstance(values, dict):
-            yield f" line {n}", values
+# Where a run stands in a file, and a function that returns its settings.
+Part = tuple[str, Callable[[], Settings]]
 
 
-def parse_toml(content: str, errors: Errors) -> Iterator[tuple[str, Settings]]:
-    """Yield every combination of a table's lists; those of a [[zip]] group go side by side."""
-    table: Settings = {}
-    with errors.at(""):
-        table = parse(toml_parser().loads, content)
+def parse_jsonl(content: str) -> Iterable[Part]:
+    """Return the lines."""
+    lines = [(n, line) for n, line in enumerate(content.split("\n"), 1) if line.strip()]
+    return [(f" line {n}", partial(parse, json.loads, line)) for n, line in lines]
+
+
+def parse_toml(content: str) -> Iterable[Part]:
+    """Return every combination of a table's lists; those of a [[zip]] group go side by side."""
+    table = parse(toml_parser().loads, content)
     zipped = table.pop("zip", [])
-    with errors.at(""):
-        is_list = isinstance(zipped, list) and all(isinstance(group, dict) for group in zipped)
-        check(is_list, "zip: a group is headed [[zip]]")
-    groups: list[tuple[Settings, bool]] = [({key: value}, False) for key, value in table.items()]
-    groups += [(group, True) for group in zipped] if is_list else []
-    factors, keys = [], set[str]()
-    for group, is_zipped in groups:
-        with errors.at(""):
-            for key in group:
-                check_key(key)
-                check(key not in keys, f"{key}: it stands in a [[zip]] and a second time")
-                keys.add(key)
-            factors.append(alternatives(group, is_zipped))
-    if not errors.sentences:
-        for combination in itertools.product(*factors):
-            yield "", {key: value for part in combination for key, value in part.items()}
+    is_list = isinstance(zipped, list) and all(isinstance(group, dict) for group in zipped)
+    check(is_list, "zip: a group is headed [[zip]]")
+    groups = [*({key: value} for key, value in table.items()), *zipped]
+    keys = [key for group in groups for key in group]
+    for key in keys:
+        check(keys.count(key) == 1, f"{key}: it stands in a [[zip]] and a second time")
+    combinations = itertools.product(*map(alternatives, groups))
+    return (("", partial(merge, combination)) for combination in combinations)
 
 
-def alternatives(group: Settings, is_zipped: bool) -> list[Settings]:
+def merge(tables: Iterable[Settings]) -> Settings:
+    return {key: value for table in tables for key, value in table.items()}
+
+
+def alternatives(group: Settings) -> list[Settings]:
     """Return [{"seed": 1}, {"seed": 2}] for {"seed": [1, 2]}, and the rows of a [[zip]] group."""
     lists = {key: value if isinstance(value, list) else [value] for key, value in group.items()}
+    lengths = ", ".join(f"{key} {len(values)}" for key, values in lists.items())
     for key, values in lists.items():
         check(values, f"{key}: its list is empty")
-    lengths = ", ".join(f"{key} {len(values)}" for key, values in lists.items())
-    if is_zipped:
-        is_even = len({len(values) for values in lists.values()}) == 1
-        check(is_even, f"zip: its lists need equal lengths, not {lengths or 'none at all'}")
+    is_even = len({len(values) for values in lists.values()}) == 1
+    check(is_even, f"zip: its lists need equal lengths, not {lengths or 'none at all'}")
     return [dict(zip(lists, row, strict=True)) for row in zip(*lists.values(), strict=True)]
 
 
@@ -344,4 +329,4 @@ def toml_parser() -> Any:
     raise UserError("Python 3.10 reads TOML with `pip install tomli`; a .jsonl works everywhere.")
 
 
-PARSERS = {".toml": parse_toml, ".jsonl": parse_jsonl}
+PARSERS: dict[str, Callable[[str], Iterable[Part]]] = {".toml": parse_toml, ".jsonl": parse_jsonl}
