@@ -30,11 +30,11 @@ from torch import Tensor
 
 from . import picture, saved, text
 from .attention import CachedContext, Hook, Layer
-from .errors import check, describe, is_number, is_whole
+from .errors import check, describe, is_number
 from .picture import Picture
 from .progress import tqdm
 from .scheduler import DDIM, make_scheduler
-from .settings import check_finite, choose, latent_size
+from .settings import BOUNDS, Bounds, check_finite, latent_size
 from .vae import to_images
 from .weights import StableDiffusion
 
@@ -116,8 +116,7 @@ class Inversion:
             "invert the picture again.",
         )
         try:
-            model, settings = content["model"], content["settings"]
-            check_settings(settings)
+            model, settings = content["model"], read_settings(content["settings"])
             is_sound = re.fullmatch("[0-9a-f]{16}", model) and fits(settings, tensors)
         except (KeyError, TypeError, ValueError):
             is_sound = False
@@ -201,22 +200,22 @@ def invert(
     eta = 1.0 if method == "edit-friendly" else 0.0
     scheduler = cast(DDIM, make_scheduler(model, num_inference_steps, "ddim", eta))
     h, w = latent_size(model, height, width, None)
-    settings = {
-        "method": method,
-        "prompt": prompt,
-        "num_inference_steps": len(scheduler.timesteps),
-        "guidance_scale": 1.0 if guidance_scale is None else guidance_scale,
-        "skip": skip,
-        "refinements": refinements,
-        "seed": seed,
-        "height": h * model.vae.f,
-        "width": w * model.vae.f,
-        "fit": fit,
-    }
-    if method == "edit-friendly":
-        settings["guidance_scale"] = choose(model, "guidance_scale", guidance_scale)
-    check_settings(settings)
-    settings = {k: v.item() if hasattr(v, "item") else v for k, v in settings.items()}  # numpy's
+    if guidance_scale is None:
+        guidance_scale = model.defaults["guidance_scale"] if method == "edit-friendly" else 1.0
+    settings = read_settings(
+        {
+            "method": method,
+            "prompt": prompt,
+            "num_inference_steps": len(scheduler.timesteps),
+            "guidance_scale": guidance_scale,
+            "skip": skip,
+            "refinements": refinements,
+            "seed": seed,
+            "height": h * model.vae.f,
+            "width": w * model.vae.f,
+            "fit": fit,
+        }
+    )
     source = picture.read(image, (settings["height"], settings["width"]), fit)
 
     clean = model.vae.encode(source.tensor().to(model.device))  # 1 4 h w
@@ -300,30 +299,19 @@ def edit_friendly_noises(
 # ---- Checks --------------------------------------------------------------------------------------
 
 
-def check_settings(settings: dict[str, Any]) -> None:
-    """Raise UserError for the first setting that makes no sense."""
-    method, prompt, guidance = (settings[k] for k in ("method", "prompt", "guidance_scale"))
+def read_settings(settings: dict[str, Any]) -> dict[str, Any]:
+    """Return the settings with Python's own numbers. Raises UserError for one out of its bounds."""
+    method, prompt = settings["method"], settings["prompt"]
     check(method in METHODS, f"The method is one of {', '.join(METHODS)}, not {method!r}.")
     check(isinstance(prompt, str), f"The prompt is one string, not {describe(prompt)}.")
-    check(is_number(guidance), f"The guidance scale must be a finite number, not {guidance!r}.")
-    steps = settings["num_inference_steps"]
-    for name, low, end in (
-        ("num_inference_steps", 1, 10**6),
-        ("skip", 0, steps),
-        ("refinements", 0, 100),
-        ("seed", 0, 2**63),
-        ("height", 1, 10**6),
-        ("width", 1, 10**6),
-    ):
-        value = settings[name]
-        check(
-            is_whole(value) and low <= value < end,
-            f"{name} must be a whole number from {low} to {end - 1}, not {value!r}.",
-        )
+    steps = BOUNDS["num_inference_steps"].read(settings["num_inference_steps"])
+    bounds = BOUNDS | {"skip": Bounds(0, steps - 1, is_whole=True)}
+    numbers = {name: bounds[name].read(settings[name], name) for name in settings if name in bounds}
     check(
-        method != "edit-friendly" or not settings["refinements"],
+        method != "edit-friendly" or not numbers["refinements"],
         "Refinements are of DDIM's inverse steps, and edit-friendly takes none: leave them out.",
     )
+    return settings | numbers
 
 
 def fits(settings: dict[str, Any], tensors: dict[str, Tensor]) -> bool:

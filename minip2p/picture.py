@@ -57,11 +57,6 @@ class Picture:
         result.paste(seen, (left, top))
         return result
 
-    def without_whole(self) -> Picture:
-        """Return the picture with only what the model sees in memory, for many pictures at once."""
-        whole = self.image.crop(self.inner)
-        return Picture(self.image, whole, self.inner, (0, 0, *whole.size))
-
 
 def read(source: Any, size: tuple[int, int], fit: str = "crop") -> Picture:
     """Read a picture: upright, in 8-bit sRGB on white paper, in the size of a model.

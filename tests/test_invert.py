@@ -411,7 +411,7 @@ INVERT = {
     "refinements": ({"refinements": 100}, "0 to 99", "100"),
     "refined noises": ({"method": "edit-friendly", "refinements": 1}, "leave them out"),
     "seed": ({"seed": -1}, "seed", "-1"),
-    "guidance": ({"guidance_scale": float("nan")}, "finite number", "nan"),
+    "guidance": ({"guidance_scale": float("nan")}, "number from -1000 to 1000", "nan"),
     "height": ({"height": 63}, "multiple of", "63"),
     "fit": ({"fit": "squeeze"}, "crop, pad, stretch", "'squeeze'"),
     "picture": ({"image": "no-such.png"}, "no-such.png"),

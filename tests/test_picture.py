@@ -388,15 +388,6 @@ def test_extreme_shapes(fit, w, h):
     assert seen.put_back(seen.image).getpixel((0, 0)) == (9, 99, 199)
 
 
-def test_a_picture_without_the_whole():
-    """An edit is then put back into what the model saw."""
-    for fit in picture.FITS:
-        seen = picture.read(scene(300, 100), SIZE, fit)
-        small = seen.without_whole()
-        assert small.image is seen.image and small.whole.size == (64, 21 if fit == "pad" else 64)
-        assert difference(small.put_back(small.image), seen.image.crop(seen.inner)) == 0
-
-
 def test_tensor():
     tensor = picture.read(scene(), SIZE).tensor()
     assert tensor.shape == (1, 3, 64, 64) and tensor.dtype == torch.float32
