@@ -29,14 +29,17 @@ SOFTWARE = f"minip2p {__version__}, torch {torch.__version__}"
 PNG_SIGNATURE = b"\x89PNG\r\n\x1a\n"
 
 
-def png(image: Image.Image, texts: Mapping[str, Any]) -> bytes:
-    """Return a PNG with texts in its metadata; values that are no strings become JSON."""
+def png(image: Image.Image, texts: Mapping[str, Any], **options: Any) -> bytes:
+    """Return a PNG with texts in its metadata; values that are no strings become JSON.
+
+    options: of Pillow's `save`.
+    """
     info = PngInfo()
     for name, value in {"Software": SOFTWARE, **texts}.items():
         text = value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
         info.add_itxt(name, text)
     file = io.BytesIO()
-    image.save(file, "PNG", pnginfo=info)
+    image.save(file, "PNG", pnginfo=info, **options)
     return file.getvalue()
 
 

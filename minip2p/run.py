@@ -178,8 +178,14 @@ class Run:
         return settled
 
     def id(self, weights: str) -> str:
-        """Return the 16 hexadecimal digits that a sweep knows a resolved run by."""
-        return identify(self.settled(weights))
+        """Return the 16 hexadecimal digits that a sweep knows a resolved run by.
+
+        They are the first of the SHA-256 of the settings' canonical JSON. Settings that are None
+        are left out, so that one which a later version adds changes no id.
+        """
+        settings = {key: v for key, v in self.settled(weights).items() if v is not None}
+        canonical = json.dumps(settings, sort_keys=True, separators=(",", ":"))
+        return hashlib.sha256(canonical.encode()).hexdigest()[:16]
 
     def alone(self) -> Run:
         """Return the run of the source picture, without edits."""
@@ -330,16 +336,6 @@ def with_base(edit: PromptEdit | Reweight, new: PromptEdit) -> PromptEdit | Rewe
 def digest(path: str) -> str:
     """Return a hash of a picture's file, so that it does not matter where the file lies."""
     return hashlib.sha256(Path(path).read_bytes()).hexdigest()[:16]
-
-
-def identify(settled: Mapping[str, Any]) -> str:
-    """Return the first 16 hexadecimal digits of the SHA-256 of the settings' canonical JSON.
-
-    Settings that are None are left out, so that one which a later version adds changes no id.
-    """
-    values = {key: value for key, value in settled.items() if value is not None}
-    canonical = json.dumps(values, sort_keys=True, separators=(",", ":"))
-    return hashlib.sha256(canonical.encode()).hexdigest()[:16]
 
 
 # --- commands and Python --------------------------------------------------------------------------

@@ -11,7 +11,7 @@ import json
 import os
 import re
 import warnings
-from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -62,7 +62,8 @@ class Table:
         self.rows = {id: row for id, row in self.rows.items() if id not in ids}
         content = "".join(json.dumps(row) + "\n" for row in self.rows.values()).encode()
         if not self.path.exists() or self.path.read_bytes() != content:
-            write({self.path: content})
+            with keeping(self.path):
+                write_files({self.path: content}, durable=True)
         for path in self.folder.glob(".*.tmp"):
             if is_id(path.stem[1:]):
                 path.unlink()
@@ -73,17 +74,15 @@ class Table:
         for row, files in results:
             rows.append(row)
             for name, content in files.items():
-                # A source comes with each of its groups, and stays as the first of them results it.
+                # A source comes with each of its groups, and stays as the first of them made it.
                 if name.startswith(row["id"]) or not is_whole(self.folder / name):
                     new_files[self.folder / name] = content
-        write(new_files)
-        try:
+        with keeping(self.path):
+            write_files(new_files, durable=True)
             with self.path.open("ab") as file:
                 file.write("".join(json.dumps(row) + "\n" for row in rows).encode())
                 file.flush()
                 os.fsync(file.fileno())
-        except OSError as error:
-            raise goes_on(f"{self.path} can't be written: {error.strerror or error}") from error
         self.rows |= {row["id"]: row for row in rows}
 
 
@@ -100,14 +99,17 @@ def read_rows(folder: Path) -> dict[str, Row]:
     except OSError as error:
         raise UserError(f"{path} can't be read: {error.strerror or error}.") from None
     *lines, rest = content.split(b"\n")
+    # A power cut may leave zeros at the end.
+    if not ROW_START.startswith(rest[: len(ROW_START)].rstrip(b"\0")):
+        lines.append(rest)
     for n, line in enumerate(lines, 1):
         row = parse_row(line)
         if row is None:
-            raise foreign_line(path, n)
+            raise UserError(
+                f"{path} line {n} was not written by a sweep: remove the line, or give another "
+                "folder."
+            )
         rows[row["id"]] = row
-    # A power cut may leave zeros at the end.
-    if not ROW_START.startswith(rest[: len(ROW_START)].rstrip(b"\0")):
-        raise foreign_line(path, len(lines) + 1)
     return rows
 
 
@@ -132,12 +134,6 @@ def is_id(value: object) -> bool:
     return isinstance(value, str) and re.fullmatch("[0-9a-f]{16}", value) is not None
 
 
-def foreign_line(path: Path, n: int) -> UserError:
-    return UserError(
-        f"{path} line {n} was not written by a sweep: remove the line, or give another folder."
-    )
-
-
 def is_whole(path: Path) -> bool:
     """Tell whether the picture or the latents of a run are complete.
 
@@ -157,18 +153,18 @@ def is_whole(path: Path) -> bool:
         return False
 
 
-def write(files: Mapping[Path, bytes]) -> None:
-    """Write files whole or not at all, and wait until the disk has them. Raises UserError."""
+@contextmanager
+def keeping(path: Path) -> Iterator[None]:
+    """Say in the error of a write that what is there is kept. path: of the table"""
     try:
-        write_files(files, durable=True)
-    except UserError as error:
-        raise goes_on(str(error)) from error
-
-
-def goes_on(sentence: str) -> UserError:
-    return UserError(
-        f"{sentence.rstrip('.')}: what is there is kept, and the same command goes on from there."
-    )
+        yield
+    except (OSError, UserError) as error:
+        is_system = isinstance(error, OSError)
+        sentence = f"{path} can't be written: {error.strerror}" if is_system else str(error)
+        raise UserError(
+            f"{sentence.rstrip('.')}: what is there is kept, and the same command goes on from "
+            "there."
+        ) from error
 
 
 @contextmanager

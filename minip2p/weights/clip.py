@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -11,17 +9,6 @@ from ..text import Tokenizer
 from .files import Config, WeightsError, one_line, read_config
 
 BEGIN, END = "<|startoftext|>", "<|endoftext|>"
-
-
-@contextmanager
-def as_weights_error(beginning: str) -> Iterator[None]:
-    """Turn the libraries' errors, which are of many types, into a WeightsError."""
-    try:
-        yield
-    except (MemoryError, WeightsError):
-        raise
-    except Exception as error:
-        raise WeightsError(f"{beginning}: {one_line(error)}.") from error
 
 
 def load_tokenizer(folder: Path) -> Tokenizer:
@@ -35,7 +22,7 @@ def load_tokenizer(folder: Path) -> Tokenizer:
             f"{folder} holds no tokenizer: it needs tokenizer.json, or vocab.json and merges.txt."
         )
     special = [special_token(folder, f"{kind}_token") for kind in ("bos", "eos", "pad")]
-    with as_weights_error(f"The tokenizer in {folder} can't be read"):
+    try:
         if has_json:
             import tokenizers
 
@@ -45,6 +32,12 @@ def load_tokenizer(folder: Path) -> Tokenizer:
 
             bpe = CLIPTokenizerFast.from_pretrained(folder, local_files_only=True).backend_tokenizer
         vocabulary = bpe.get_vocab(with_added_tokens=True)
+    except MemoryError:
+        raise
+    except Exception as error:  # of many types
+        raise WeightsError(
+            f"The tokenizer in {folder} can't be read: {one_line(error)}."
+        ) from error
     for token in special:
         if token not in vocabulary:
             raise WeightsError(f"The tokenizer in {folder} has no token {token!r}: load CLIP's.")

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import re
 import warnings
-from collections.abc import Iterable
 from itertools import count, takewhile
 from pathlib import Path
 from typing import Any
@@ -87,7 +86,7 @@ def check_names(file: Tensors) -> None:
     names = "\n".join(file)
     others = [name for name in file if not name.startswith(tuple(PARTS.values()))]
     addition = first_match(ADDITIONS, "\n".join(others))
-    lacking = [part for part, prefix in PARTS.items() if not any_begins(file, prefix)]
+    lacking = [p for p, prefix in PARTS.items() if not any(n.startswith(prefix) for n in file)]
     kind = first_match(OTHER_MODELS, names)
     if lacking and addition and not kind:
         kind = f"{addition}, not a model"
@@ -101,10 +100,6 @@ def check_names(file: Tensors) -> None:
         )
     if addition:
         warnings.warn(f"{file.path} has {addition} beside the model: it is left out.", stacklevel=4)
-
-
-def any_begins(names: Iterable[str], prefix: str) -> bool:
-    return any(name.startswith(prefix) for name in names)
 
 
 def first_match(table: dict[str, str], names: str) -> str | None:
