@@ -125,7 +125,7 @@ def test_broken_tokenizers(tmp_path, file, content, message):
 
 @pytest.mark.parametrize(
     ("error", "kind", "sentence"),
-    [(MemoryError(), MemoryError, ""), (RuntimeError("so."), WeightsError, r"read: so\.$")],
+    [(MemoryError(), MemoryError, None), (RuntimeError("so."), WeightsError, r"read: so\.$")],
 )
 def test_running_out_of_memory_is_not_called_a_broken_file(monkeypatch, error, kind, sentence):
     def fail(path: str):
