@@ -218,39 +218,8 @@ def changed(path: Path, to: Path, fields=None, tensors=None, **metadata: str) ->
     [
         {"fields": lambda a: {**a, "calls": 0}},
         {"tensors": lambda t: dict(list(t.items())[1:])},
-        {"tensors": lambda t: t | {"more": torch.ones(1)}},
-        {"tensors": lambda t: {name: x[:, :1] for name, x in t.items()}},
-        {"tensors": lambda t: {name: x[..., :5] for name, x in t.items()}},
-        {"tensors": lambda t: {name: x[:, :, 1:] for name, x in t.items()}},
-        {"tensors": lambda t: {name: x.repeat(2, 1, 1, 1) for name, x in t.items()}},
         {"fields": lambda a: {k: v for k, v in a.items() if k != "prompts"}},
-        {"fields": lambda a: {**a, "prompts": [{"text": "a cat"}]}},
-        {"fields": lambda a: {**a, "size": [8]}},
-        {"fields": lambda a: {**a, "sites": [[1]]}},
-        {"fields": lambda a: {**a, "options": {"colour": "red"}}},
-        {"fields": lambda a: [a]},
-        *({"fields": lambda a, n=n: {**a, "calls": n}} for n in (float("inf"), "x", 1.5, True)),
-        *({"fields": lambda a, n=n: {**a, "size": [n, 16]}} for n in (0, -1, "x", 1.5, None)),
-        *(
-            {"fields": lambda a, o=o: {**a, "options": a["options"] | o}}
-            for o in ({"cross": 1}, {"by_call": "x"}, {"max_pixels": "x"}, {"words": 5})
-        ),
-        *(
-            {
-                "fields": lambda a, i=i, v=v: {
-                    **a,
-                    "sites": [[*s[:i], v, *s[i + 1 :]] for s in a["sites"]],
-                }
-            }
-            for i, v in ((1, "left"), (2, -1), (2, 1), (3, 0), (3, "x"), (4, 2.5))
-        ),
-        *(
-            {"fields": lambda a, p=p: {**a, "prompts": [q | p for q in a["prompts"]]}}
-            for p in ({"ids": [1]}, {"ids": ["x"] * 77}, {"spans": [[0, 999]]}, {"cut": -1})
-        ),
         {"tensors": lambda t: {name: x.half() for name, x in t.items()}},
-        {"tensors": lambda t: {name: (x * 9).int() for name, x in t.items()}},
-        {"tensors": lambda t: {name: x * torch.nan for name, x in t.items()}},
         {"fields": lambda a: None},
     ],
 )
@@ -284,7 +253,7 @@ def test_other_files_are_named_in_one_sentence(saved, tmp_path):
             AttentionStore.load(path)
     with pytest.raises(ValueError, match=r"other is no .+ that it holds 'minip2p Inversion'"):
         AttentionStore.load(other)
-    with pytest.raises(ValueError, match="damaged: the description of its tensors can't be read"):
+    with pytest.raises(ValueError, match="damaged: its description"):
         AttentionStore.load(changed(saved, tmp_path / "json", about="{no JSON"))
     with pytest.raises(ValueError, match="damaged"):
         AttentionStore.load(changed(saved, tmp_path / "deep", about='{"a":' * 50_000))
