@@ -99,13 +99,12 @@ def edit_labels(edits: list[EditOfPrompt]) -> list[str]:
 
 def check_folder(folder: Path, option: str = "--out") -> None:
     """Raise UserError, before time is spent on pictures, if files can't be written in a folder."""
-    existing = folder
-    while True:
+    for existing in (folder, *folder.parents):
         try:
             existing.stat()
             break
         except (FileNotFoundError, NotADirectoryError):
-            existing = existing.parent
+            continue
         except (OSError, ValueError) as error:  # a name that is too long, or with a NUL in it
             reason = getattr(error, "strerror", None) or error
             raise UserError(f"{option} {str(folder)!r} can't be a folder: {reason}.") from None

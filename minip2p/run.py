@@ -393,21 +393,21 @@ def edit_options(run: Run) -> Options:
         yield "--to", prompt
     shared = targets[0][1]
     edits = [edit for edit in shared if edit is not None]
-    is_shared = edits and all(target_edits == shared for _, target_edits in targets)
+    kind, ends = swept_windows(edits) if len(edits) > 1 else ("", [])
     check(
-        is_shared and shared in (edits, [None, *edits]),
-        "The command line has no options for prompts of different edits, or without an edit.",
+        edits
+        and all(target_edits == shared for _, target_edits in targets)
+        and shared in (edits, [None, *edits])
+        and (kind or len(edits) == 1)
+        and all(has_options(edits[0], run.prompts[0], prompt) for prompt, _ in targets),
+        "The command line has no options for these edits: use their Python.",
     )
     if shared[0] is None:
         yield "--baseline", None
     edit = edits[0]
-    if len(edits) > 1:
-        kind, ends = swept_windows(edits)
-        check(kind, "The command line has no options for edits that differ in more than a window.")
+    if kind:
         yield "--sweep", f"{kind}={','.join(map(plain, ends))}"
         edit = without_window(edit, kind)
-    for prompt, _ in targets:
-        check_expressible(edit, run.prompts[0], prompt)
     if isinstance(edit, Reweight):
         for word, weight in edit.weights.items():
             yield "--reweight", f"{word}={plain(float(weight))}"
@@ -442,18 +442,14 @@ def without_window(edit: PromptEdit | Reweight, kind: str) -> PromptEdit | Rewei
     return with_base(edit, replace(base(edit), **{f"{kind}_replace_steps": None}))
 
 
-def check_expressible(edit: PromptEdit | Reweight, source: str, target: str) -> None:
-    """Raise UserError unless the command line can describe the edit of these prompts."""
-    plain_edit, is_swap = base(edit), len(source.split()) == len(target.split())
+def has_options(edit: PromptEdit | Reweight, source: str, target: str) -> bool:
+    """Tell whether the command line can describe the edit of these prompts."""
+    is_swap = len(source.split()) == len(target.split())
     chosen = WordSwap if is_swap else Refine  # by "auto", which the command line always means
-    blend = plain_edit.local_blend
+    blend = base(edit).local_blend
     is_usual_blend = blend is None or blend == LocalBlend(blend.words)
-    check(
-        type(plain_edit) in (PromptEdit, chosen)
-        and is_usual_blend
-        and (not isinstance(edit, Reweight) or edit.everywhere),
-        "The command line has no option for some of this edit: use its Python.",
-    )
+    is_everywhere = not isinstance(edit, Reweight) or edit.everywhere
+    return type(base(edit)) in (PromptEdit, chosen) and is_usual_blend and is_everywhere
 
 
 def plain(value: Any) -> str:

@@ -45,20 +45,27 @@ class AttentionStore(Hook):
         before_edit: bool = False,
         by_call: bool = False,
     ):
-        flags = {"cross": cross, "self_attention": self_attention}
-        flags |= {"before_edit": before_edit, "by_call": by_call}
-        for name, value in flags.items():
+        self.options: dict[str, Any] = {
+            "places": _tuple(places),
+            "cross": cross,
+            "self_attention": self_attention,
+            "max_pixels": max_pixels,
+            "words": None if words is None else _tuple(words),
+            "before_edit": before_edit,
+            "by_call": by_call,
+        }
+        for name in ("cross", "self_attention", "before_edit", "by_call"):
+            value = self.options[name]
             check(isinstance(value, bool), f"{name} is True or False, not {value!r}.")
         check(
             max_pixels is None or is_whole(max_pixels),
             f"max_pixels is a whole number or None, not {max_pixels!r}.",
         )
-        self.places = _tuple(places)
-        for place in self.places:
+        for place in _tuple(places):
             check(place in PLACES, f"There is no place {place!r}, only: {', '.join(PLACES)}.")
+        self.places, self.words = self.options["places"], self.options["words"]
         self.max_pixels, self.before_edit, self.by_call = max_pixels, before_edit, by_call
         self.kinds = {True: cross, False: self_attention}
-        self.words = None if words is None else _tuple(words)
         self.begin([], (0, 0))
 
     def begin(
@@ -126,18 +133,18 @@ class AttentionStore(Hook):
         pair = isinstance(size, Sequence) and len(size) == 2
         check(pair, f"A size is a pair (height, width), not {size!r}.")
 
-        def kind(layer: Layer) -> tuple[str, bool, int, int]:
-            return layer.place, layer.is_cross, layer.height, layer.width
-
-        kinds = [(place, is_cross, *size) for place in places]
-        kept = [maps for layer, maps in self.maps.items() if kind(layer) in kinds]
+        kept = [
+            maps
+            for layer, maps in self.maps.items()
+            if (layer.is_cross, layer.height, layer.width) == (is_cross, *size)
+            and layer.place in places
+        ]
         names = {True: "cross", False: "self"}
-        all_kinds = sorted({kind(layer) for layer in self.maps})
-        listing = ", ".join(f"{place} {h}x{w} {names[c]}" for place, c, h, w in all_kinds)
+        layers = {f"{m.place} {m.height}x{m.width} {names[m.is_cross]}" for m in self.maps}
         check(
             kept,
             f"No {names[is_cross]}-attention map of {size[0]}x{size[1]} in {', '.join(places)} was "
-            f"kept, only: {listing or 'nothing'}.",
+            f"kept, only: {', '.join(sorted(layers)) or 'nothing'}.",
         )
         check(
             call is None or (self.by_call and call in range(self.calls)),
@@ -181,15 +188,7 @@ class AttentionStore(Hook):
         """
         check(self.maps, "This store has seen no run yet, so there are no maps to save.")
         content = {
-            "options": {
-                "places": self.places,
-                "cross": self.kinds[True],
-                "self_attention": self.kinds[False],
-                "max_pixels": self.max_pixels,
-                "words": self.words,
-                "before_edit": self.before_edit,
-                "by_call": self.by_call,
-            },
+            "options": self.options,
             "size": self.size,
             "calls": self.calls,
             "prompts": [asdict(prompt) for prompt in self.prompts],
