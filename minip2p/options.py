@@ -150,7 +150,8 @@ def parse_edits(options: argparse.Namespace) -> list[EditOfPrompt]:
         split_pair(option, text, at_last=True) if "=" in text else (DEFAULT, text)
         for text in options.cross_replace_steps
     ]
-    cross = by_word(option, pairs, parse_window) or None
+    windows = by_word(option, pairs, parse_window)
+    cross = windows[DEFAULT] if list(windows) == [DEFAULT] else windows or None
     self_window = None
     if options.self_replace_steps is not None:
         self_window = parse_window("--self-replace-steps", options.self_replace_steps)

@@ -142,7 +142,7 @@ MISTAKES: list[tuple[str, ...]] = [
     ("'a cat' --to ''", "--to", "''"),
     ("'a cat' --reweight x", "--reweight", "'x'", "="),
     ("'a cat' --reweight cat=", "--reweight", "'cat='"),
-    ("'a cat' --reweight cat=abc", "--reweight", "'cat'", "'abc'"),
+    ("'a cat' --reweight cat=abc", "--reweight", "'abc'"),
     ("'a cat' --reweight cat=nan", "'cat'", "nan", "finite"),
     ("'a cat' --reweight zebra=2", "'zebra'", "a, cat"),
     ("'a cat' --swap cat=dog --blend zebra", "'zebra'", "a, cat, dog"),
