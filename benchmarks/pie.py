@@ -28,12 +28,15 @@ project would do. They differ in:
     resizing of pictures      bicubic                            Lanczos
     the edit is measured as   JPEG of quality 75                 PNG
     structure distance        pixels from 0 to 255 enter         pixels from 0 to 1, as in
-                              ImageNet's normalisation           Tumanyan et al. 2022
+                              ImageNet's normalisation,          Tumanyan et al. 2022, resized
+                              resized without antialiasing (by   with antialiasing
+                              torchvision 0.13)
 
 Effects that were measured: JPEG lowers PSNR from 35.95 to 33.56 dB and SSIM from 98.4 to 94.2 (an
 unchanged photograph has 95.5); published methods differ by 0.65. Structure distance differs by a
-factor of 25 to 40. The mask's weights change latents by 0.18 and 32 of 1,024 mask pixels, the
-padding by 2.1e-2, the resizing a picture by 0.37 of 255.
+factor of 25 to 40, and by 4 % without antialiasing. The mask's weights change latents by 0.18 and
+32 of 1,024 mask pixels, the padding by 2.1e-2, the resizing a picture by 0.37 of 255. pie_check.py
+compares the figures with those of the authors' evaluator.
 
 In both protocols the background is the picture with black where the mask is, and its error is
 averaged over all pixels; "valid" columns average over the background alone. A picture without
@@ -76,6 +79,7 @@ from minip2p.sweep.results import Files, Row  # noqa: E402
 
 STEPS, GUIDANCE, CROSS, SELF = 50, 7.5, 0.4, 0.6
 SKIP = 12  # of 50 steps, in the published edit-friendly runs
+KEYS = "attention.key", "attention.k_proj"  # in a ViTModel; the second since transformers 5
 METHODS = {  # arguments of invert
     "direct": {"method": "direct"},
     "ddim": {"method": "ddim"},
@@ -183,11 +187,12 @@ def make_set(folder: Path, n: int = 6, pixels: int = 512) -> None:
         things = torch.from_numpy(given.masks[scene.subject] + true.masks[new])
         mask = F.interpolate((things > 0).float()[None, None], (pixels, pixels))[0, 0] > 0
         for kind, drawn in (("annotation_images", given), ("true_images", true)):
-            path = folder / kind / "1_change_object" / f"{name}.png"
+            path = folder / kind / "1_change_object" / f"{name}.jpg"
             path.parent.mkdir(parents=True, exist_ok=True)
-            drawn.image.resize((pixels, pixels), Image.Resampling.BICUBIC).save(path)
+            large = drawn.image.resize((pixels, pixels), Image.Resampling.BICUBIC)
+            large.save(path, quality=95)
         items[name] = {
-            "image_path": f"1_change_object/{name}.png",
+            "image_path": f"1_change_object/{name}.jpg",
             "original_prompt": scene.caption.replace(scene.subject, f"[{scene.subject}]", 1),
             "editing_prompt": target.caption.replace(new, f"[{new}]", 1),
             "editing_instruction": f"Change the {scene.subject} to a {new}",
@@ -411,10 +416,9 @@ def structure_of(folder: str, args: argparse.Namespace) -> Metric:
     """Return the distance of the similarities of DINO's last keys (Tumanyan et al. 2022, eq. 4)."""
     from transformers import ViTModel
 
-    device, highest = args.device, 255 if args.protocol == "published" else 1
+    device, is_published = args.device, args.protocol == "published"
     net = ViTModel.from_pretrained(folder, add_pooling_layer=False).to(device).eval()
-    names = "attention.key", "attention.k_proj"  # the second since transformers 5
-    layer = [m for name, m in net.named_modules() if name.endswith(names)][-1]
+    layer = [m for name, m in net.named_modules() if name.endswith(KEYS)][-1]
     kept: list[Tensor] = []
     layer.register_forward_hook(lambda _, __, out: kept.append(out[0]))
     mean, std = (
@@ -423,8 +427,8 @@ def structure_of(folder: str, args: argparse.Namespace) -> Metric:
 
     def resemblance(image: Image.Image) -> Tensor:
         size = net.config.image_size
-        x = highest * metrics.to_pixels(image)
-        x = F.interpolate(x, (size, size), mode="bilinear", antialias=True)
+        x = metrics.to_pixels(image) * (255 if is_published else 1)
+        x = F.interpolate(x, (size, size), mode="bilinear", antialias=not is_published)
         net(((x - mean) / std).to(device))
         keys = F.normalize(kept.pop(), dim=-1)  # tokens, heads·d
         return keys @ keys.T
@@ -435,16 +439,26 @@ def structure_of(folder: str, args: argparse.Namespace) -> Metric:
     return measure
 
 
+def clip_processor(folder: str) -> Any:
+    """Load CLIP's processor. Images are resized by Pillow, as in the published figures."""
+    import transformers
+
+    # transformers 5 resizes by torchvision, if it is there, and has another class for Pillow.
+    images = getattr(transformers, "CLIPImageProcessorPil", transformers.CLIPImageProcessor)
+    tokenizer = transformers.CLIPTokenizerFast.from_pretrained(folder)
+    return transformers.CLIPProcessor(images.from_pretrained(folder), tokenizer)
+
+
 def clip_of(folder: str, args: argparse.Namespace) -> Metric:
     """Return 100 times the cosine of picture and target prompt (Hessel et al. 2021).
 
     One figure is of the whole picture, the other of a picture that is black outside of the mask.
     """
-    from transformers import CLIPModel, CLIPProcessor
+    from transformers import CLIPModel
 
     device = args.device
     net = CLIPModel.from_pretrained(folder).to(device).eval()
-    processor = CLIPProcessor.from_pretrained(folder)
+    processor = clip_processor(folder)
 
     def score(pixels: Tensor, prompt: str) -> float:
         image = minip2p.vae.to_images(pixels * 2 - 1)[0]

@@ -80,6 +80,17 @@ def test_labels_are_short_and_tell_values_apart():
         assert first != second or a == b
 
 
+def test_blends_of_a_swap_are_named_by_its_words():
+    """Each picture has other words; a blend of anything else keeps all words as they are."""
+    bird, cat = {"words": ["bird", "lion"]}, {"words": ["dog"], "threshold": 0.4}
+    rows = [{"swap": ["bird=lion"], "blend": bird}, {"swap": ["cat=dog"], "blend": cat}, {}]
+    both, new, none = report.blend_labels(rows)
+    assert "replaced word" in both and "new word" in both
+    assert "new word" in new and "0.4" in new and none == "none"
+    rows.append({"swap": ["cat=dog"], "blend": {"words": ["snow"]}})
+    assert "lion" in report.blend_labels(rows)[0]
+
+
 def test_images_are_named_by_as_much_of_their_paths_as_tells_them_apart():
     paths = [
         "/set/cats/1.png",
@@ -215,7 +226,7 @@ def test_pictures_with_edits_in_a_browser(tmp_path: Path):
         assert captions == [
             f"bird={noun} 0\nblend: {blend}"
             for noun in ("lion", "dog")
-            for blend in ("none", f"{noun} 0")
+            for blend in ("none", "new word")
         ]
         head = page.js("return document.querySelector('#sheet tbody th').textContent")
         assert head == "a bird 0\nimage: 0.png"

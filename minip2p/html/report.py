@@ -61,6 +61,8 @@ def report(rows: Sequence[Row], folder: Path) -> str:
     labels = {n: distinct_labels([row.get(n) for row in rows]) for n in settings}
     if "image" in settings:
         labels["image"] = image_labels(rows)
+    if "blend" in settings:
+        labels["blend"] = blend_labels(rows)
     varied = [n for n in settings if len(set(labels[n])) > 1]
     if "swap" in varied and "to" in varied:  # the same, longer
         pairs = set(zip(labels["swap"], labels["to"], labels["prompt"], strict=True))
@@ -128,6 +130,25 @@ def image_labels(rows: Sequence[Row]) -> list[str]:
         is_changed = path in paths and len(hashes[path]) > 1  # the file, between two sweeps
         labels.append(f"{end} ({row.get('picture')})" if is_changed else end)
     return labels
+
+
+def blend_labels(rows: Sequence[Row]) -> list[str]:
+    """Return a label of each blend, by the words' part in the swap if all blends are of the swap.
+
+    So a set of pictures has one label for its blends, although each picture has other words.
+    """
+    blends = [row.get("blend") for row in rows]
+    by_part = []
+    for row, blend in zip(rows, blends, strict=True):
+        words = blend.get("words") if isinstance(blend, dict) else None
+        swap = row.get("swap")
+        if words and isinstance(words, list) and isinstance(swap, list) and len(swap) == 1:
+            old, _, new = str(swap[0]).partition("=")
+            parts = {old: "replaced word", new: "new word"}
+            blend = {**blend, "words": [parts.get(word) for word in words]}
+        by_part.append(blend)
+    are_of_swaps = all(b is None or isinstance(b, dict) and None not in b["words"] for b in by_part)
+    return distinct_labels(by_part if are_of_swaps else blends)
 
 
 def figures_of(row: Row) -> dict[str, float]:
