@@ -140,15 +140,17 @@ def blend_labels(rows: Sequence[Row]) -> list[str]:
     blends = [row.get("blend") for row in rows]
     by_part = []
     for row, blend in zip(rows, blends, strict=True):
-        words = blend.get("words") if isinstance(blend, dict) else None
-        swap = row.get("swap")
-        if words and isinstance(words, list) and isinstance(swap, list) and len(swap) == 1:
+        if blend:
+            swap, words = row.get("swap"), blend.get("words") if isinstance(blend, dict) else None
+            if not (isinstance(words, list) and isinstance(swap, list) and len(swap) == 1):
+                return distinct_labels(blends)
             old, _, new = str(swap[0]).partition("=")
-            parts = {old: "replaced word", new: "new word"}
-            blend = {**blend, "words": [parts.get(word) for word in words]}
+            if any(word not in (old, new) for word in words):
+                return distinct_labels(blends)
+            parts = ["replaced word" if word == old else "new word" for word in words]
+            blend = {**blend, "words": parts}
         by_part.append(blend)
-    are_of_swaps = all(b is None or isinstance(b, dict) and None not in b["words"] for b in by_part)
-    return distinct_labels(by_part if are_of_swaps else blends)
+    return distinct_labels(by_part)
 
 
 def figures_of(row: Row) -> dict[str, float]:
