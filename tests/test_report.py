@@ -233,7 +233,7 @@ def test_pictures_with_edits_in_a_browser(tmp_path: Path):
         legends = page.js(
             "return [...document.querySelectorAll('.legend')].map(l => l.textContent)"
         )
-        assert all(legend.startswith("blend:") for legend in legends) and page.js(CUT) == []
+        assert all(legend.startswith("blend") for legend in legends) and page.js(CUT) == []
         page.js(CHOOSE, "Setting", "swap")
         assert page.js(CUT) == []
         page.js(CHOOSE, "Down", "nothing")
