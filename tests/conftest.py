@@ -148,6 +148,14 @@ def toy(toy_folder: Path) -> minip2p.StableDiffusion:
     return minip2p.load(toy_folder, device="cpu")
 
 
+@pytest.fixture(scope="session")
+def layouts(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """Save one random model in every layout of files: see models.py."""
+    from models import make_layouts
+
+    return make_layouts(tmp_path_factory.mktemp("layouts"))
+
+
 # --- the command line -----------------------------------------------------------------------------
 
 

@@ -5,7 +5,6 @@ diffusers and transformers build it, so the tests compare minip2p with something
 
 import gzip
 import json
-import re
 import shutil
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -46,7 +45,7 @@ class Truth(NamedTuple):
 
 
 def make_truth(vocabulary: int) -> Truth:
-    """Random weights, the same at every call; no two alike, so that none can be mixed up."""
+    """Draw weights, the same at every call; no two are alike, so that none can be mixed up."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         unet = diffusers.UNet2DConditionModel(
@@ -86,64 +85,18 @@ def make_truth(vocabulary: int) -> Truth:
 
 
 def sd15_keys() -> list[list[str]]:
-    """All 1130 of SD 1.5: LDM's name, part, published name, LDM's shape, published shape."""
+    """List the 1130 of SD 1.5: LDM's name, part, published name, LDM's shape, published shape."""
     table = gzip.decompress((Path(__file__).parent / "data" / "sd15_keys.tsv.gz").read_bytes())
     return [line.split("\t") for line in table.decode().splitlines()]
 
 
-def ldm_unet_name(name: str, n: int = 2) -> str:
-    """The published name → LDM's, if every level has n resnets on the way down."""
-    ends = {
-        **{"time_embedding.linear_1": "time_embed.0", "time_embedding.linear_2": "time_embed.2"},
-        **{"conv_in": "input_blocks.0.0", "conv_norm_out": "out.0", "conv_out": "out.2"},
-        **{"mid_block.resnets.0": "middle_block.0", "mid_block.resnets.1": "middle_block.2"},
-        "mid_block.attentions.0": "middle_block.1",
-    }
-    inside = {
-        **{"norm1": "in_layers.0", "conv1": "in_layers.2", "time_emb_proj": "emb_layers.1"},
-        **{"norm2": "out_layers.0", "conv2": "out_layers.3", "conv_shortcut": "skip_connection"},
-    }
-    block, rest = re.fullmatch(
-        r"((?:down|up)_blocks\.\d+\.\w+\.\d+|mid_block\.\w+\.\d+|time_embedding\.\w+|\w+)\.(.+)",
-        name,
-    ).groups()
-    if "resnets" in block:
-        layer, kind = rest.split(".")
-        rest = f"{inside[layer]}.{kind}"
-    if block in ends:
-        block = ends[block]
-    else:
-        way, level, kind, j = re.fullmatch(r"(\w+)_blocks\.(\d+)\.(\w+)\.(\d+)", block).groups()
-        first = int(level) * (n + 1) + (way == "down")  # input block 0 is conv_in
-        side, slot = {"down": "input", "up": "output"}[way], int(kind == "attentions")
-        if kind == "downsamplers":
-            first, slot, rest = first + n, 0, rest.replace("conv", "op")
-        elif kind == "upsamplers":  # after the attention, which level 0 has not
-            first, slot = first + n, 1 if level == "0" else 2
-        block = f"{side}_blocks.{first + int(j)}.{slot}"
-    return f"model.diffusion_model.{block}.{rest}"
-
-
-def ldm_vae_name(name: str, levels: int = 4) -> str:
-    """The published name → LDM's."""
-    name = re.sub(r"up_blocks\.(\d)", lambda m: f"up.{levels - 1 - int(m[1])}", name)
-    for published, ldm in {
-        **{"down_blocks.": "down.", "mid_block.attentions.0": "mid.attn_1"},
-        **{"mid_block.resnets.0": "mid.block_1", "mid_block.resnets.1": "mid.block_2"},
-        **{"resnets": "block", "downsamplers.0": "downsample", "upsamplers.0": "upsample"},
-        **{"conv_norm_out": "norm_out", "conv_shortcut": "nin_shortcut", "group_norm": "norm"},
-        **{"to_q": "q", "to_k": "k", "to_v": "v", "to_out.0": "proj_out"},
-    }.items():
-        name = name.replace(published, ldm)
-    return "first_stage_model." + name
-
-
 def ldm_state(states: dict[str, State], text_prefix: str = "text_model.") -> State:
-    """A single file's tensors, with the schedule and the counters that real files hold besides."""
-    state = {ldm_unet_name(name): tensor for name, tensor in states["unet"].items()}
+    """Return a single file's tensors, with the schedule and counters that real files hold, too."""
+    ldm = {(part, published): name for name, part, published, _, _ in sd15_keys()}
+    state = {ldm["unet", name]: tensor for name, tensor in states["unet"].items()}
     for name, tensor in states["vae"].items():
         is_1x1 = "attentions" in name and tensor.ndim == 2  # LDM has convolutions there
-        state[ldm_vae_name(name)] = tensor[:, :, None, None] if is_1x1 else tensor
+        state[ldm["vae", name]] = tensor[:, :, None, None] if is_1x1 else tensor
     for name, tensor in states["text_encoder"].items():
         state[f"cond_stage_model.transformer.{text_prefix}{name}"] = tensor
     state[f"cond_stage_model.transformer.{text_prefix}embeddings.position_ids"] = torch.arange(77)[
@@ -155,7 +108,7 @@ def ldm_state(states: dict[str, State], text_prefix: str = "text_model.") -> Sta
 
 
 def with_ema(state: State) -> State:
-    """The UNet's weights become the averaged ones; other weights take their place."""
+    """Make the UNet's weights the averaged ones, and put other weights in their place."""
     ema = dict(state)
     for name, tensor in state.items():
         if name.startswith("model.diffusion_model."):

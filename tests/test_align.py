@@ -257,20 +257,6 @@ def test_source_is_too_long(clip_tokenizer):
     assert [j for j in range(77) if not alignment.exists[j]] == [39, 40]
 
 
-def test_target_is_too_long(clip_tokenizer):
-    source = tokenize(clip_tokenizer, "burger " * 40)
-    target = cut(clip_tokenizer, "lasagne " * 40)
-    assert (source.end, target.end) == (41, 76)
-
-    alignment = replacement(source, target)
-    expected = {(0, 0): 1, (38, 75): 1}
-    expected |= {(n, j): 0.5 for n in range(1, 38) for j in (2 * n - 1, 2 * n)}
-    # Burgers 39 and 40 find no lasagne: to the end token, as the source's end and its padding.
-    expected |= {(i, 76): 1 for i in range(39, 77)}
-    assert entries(alignment.mapper) == expected
-    assert alignment.exists.all()
-
-
 def test_both_are_too_long(clip_tokenizer):
     """... very lion tail | tail tail ... becomes ... very hippo potam | us tail tail ..."""
     source = cut(clip_tokenizer, "very " * 73 + "lion" + " tail" * 6)
@@ -287,22 +273,6 @@ def test_both_are_too_long(clip_tokenizer):
     expected |= {(75, 76): 1}  # the tail has nowhere to go but the end
     assert entries(alignment.mapper) == expected
     assert alignment.exists.all()
-
-
-def test_word_near_the_end_that_still_fits(clip_tokenizer):
-    source = cut(clip_tokenizer, "very " * 74 + "lion" + " tail" * 5)
-    target = cut(clip_tokenizer, "very " * 74 + "hippopotamus" + " tail" * 5)
-    tiger = cut(clip_tokenizer, "very " * 74 + "tiger" + " tail" * 5)
-    assert source.find("lion") == tiger.find("tiger") == [75]
-    assert torch.equal(replacement(source, tiger).mapper, torch.eye(77))
-    assert token_windows({"tiger": 0.5}, source, tiger, replacement(source, tiger)) == (
-        [(0, 1)] * 75 + [(0, 0.5)] + [(0, 1)]
-    )
-    # Of the hippopotamus only "hippo" fits.
-    alignment = replacement(source, target)
-    assert entries(alignment.mapper) == {(i, i): 1 for i in range(77)}
-    with pytest.raises(ValueError, match="beyond"):
-        token_windows({"hippopotamus": 0.5}, source, target, alignment)
 
 
 def test_prompt_that_just_fits(clip_tokenizer, recwarn):
@@ -350,19 +320,16 @@ FOUND = [  # prompt, and the positions of words in it
     ("an unimaginably tall tower", "unimaginably: 2 3 4; unimaginably tall: 2 3 4 5"),
     ("a burger, oil painting", "burger: 2; burger,: 2; ,: 3; burger, oil: 2 3 4"),
     ("a dish (lasagne)", "lasagne: 4 5; (lasagne): 4 5; (: 3; ): 6"),
-    ("A Burger on a PLATE", "burger: 2; BURGER: 2; plate: 5"),
     ("a  squirrel   eating\ta burger ", "squirrel: 2; squirrel eating: 2 3;  a  burger : 4 5"),
     ("a fluffy cat on a mat", "fluffy cat: 2 3; Fluffy  CAT: 2 3; cat fluffy:; cat: 3"),
     (f"a cafe{ACUTE} at night", f"café: 2; cafe{ACUTE}: 2; CAFÉ: 2; cafe:"),
     ("a crème brûlée", "crème: 2 3 4; brûlée: 5 6 7 8 9; crème brûlée: 2 3 4 5 6 7 8 9"),
     ("a cat 🐱 on a sofa", "🐱: 3; cat 🐱: 2 3; 🐶:"),
-    ("a 👧 on a sofa", "👧: 2 3; sofa: 6"),
     ("a cat and a cat", "cat: 2 5; cat#1: 2; cat#2: 5; cat#3:; a cat#2: 4 5"),
     ("a cat's toy, isn't it", "cat: 2; cat's: 2 3; isn't: 6 7; toy: 4"),
     ("a snow-covered house", "snow-covered: 2 3 4; snow: 2; -: 3; covered house: 4 5"),
     ("a 1950s car", "1950s: 2 3 4 5 6; 1950:; s:; car: 7"),
     ("a cat -- a dog !!!", "--: 3; !!!: 6; dog: 5"),
-    ("a cat sat on a catapult", "cat: 2"),
     ("a concatenated cat", "cat: 6"),  # a con cat en ated cat: no part of a word
     ("Cat, CAT; cat!", "cat: 1 3 5"),
     ("a cat", " cat : 2; «cat»: 2; Katze:; :;    :"),
@@ -370,7 +337,6 @@ FOUND = [  # prompt, and the positions of words in it
     ("a cat#2 of 3", "cat#2: 2 3 4"),  # where the text says so, that is what is meant
     ("cat cat cat", "cat#2: 2; cat#0:; cat#4:"),
     ("big cat, big dog, big cat", "big cat#2: 7 8"),
-    ("two cats", "cat:"),
     ("it's a dog's life", "dog: 4"),
     ("rock'n'roll", "rock'n'roll: 1 2 3 4 5"),
     ("a well-lit room", "lit: 4; lit room: 4 5"),
@@ -390,29 +356,22 @@ FOUND = [  # prompt, and the positions of words in it
     ("?!?! cat", "?: 1"),
     ("❤️❤️ cat", "❤️: 1"),
     ("🐱🐱🐱 cat", "🐱: 1 2 3; 🐱#2: 2"),
-    ("-- cat --", "-: 1 3"),
     # Apostrophes and hyphens of all kinds.
     ("a cat’s toy", "cat's: 2 3 4 5"),
     ("a cat's toy", "cat’s: 2 3"),
-    ("a catʼs toy", "cat`s: 2 3 4 5; cat: 2"),
     ("a CAT’S and a cat's toy", "cat's: 2 3 4 5 8 9; cat's#2: 8 9"),
-    ("rock’n’roll", "rock'n'roll: 1 2 3 4 5 6 7"),
     (f"a cafe{ACUTE}’s door", "café's door: 2 3 4 5 6"),
     ("a cat‑like thing", "cat-like: 2 3 4 5"),
     ("a cat-like thing", "cat‐like: 2 3 4"),
     # Punctuation around it counts only where the prompt has both spellings.
     ("a C and C++ book", "C++: 4 5; C: 2 4; C++#1: 4 5; C++#2:"),
-    ("a C++ book", "C++: 2; C: 2"),
     ("the dogs’ toys and dogs", "dogs': 2 3 4; dogs: 2 7"),
     ("the dogs' toys", "dogs’: 2; dogs: 2"),
     ("a cat, a cat", "cat,: 2 3; “cat”: 2 5"),
-    ("a cat, a cat,", "cat,: 2 5"),
     # Punctuation of any script is none of the word's; accents of any script are.
     ("「日本」 cat", "日本: 2 3 4"),
     ("日本、 cat", "日本！: 1 2 3"),
-    ("— cat —", "—cat—: 2"),
     ("हिन्दी cat", "हिन्दी: 1 2 3 4 5 6; हिन:"),
-    ("❤️cat", "cat: 2"),
 ]  # fmt: skip
 
 
@@ -480,19 +439,13 @@ def test_check_words(clip_tokenizer):
         (0.8, 50, range(0, 40)),
         (0.8, 51, range(0, 40)),  # 50 steps of PNDM are 51 calls: 40.8
         (0.4, 51, range(0, 20)),  # 20.4
-        (0.59, 51, range(0, 30)),
-        (0.99, 51, range(0, 50)),
         (1.0, 51, range(0, 51)),
-        (1, 50, range(0, 50)),
         (0, 50, range(0, 0)),
         (0.01, 50, range(0, 0)),  # half a call is none
         ((0.2, 0.5), 50, range(10, 25)),
-        ([0.2, 0.5], 51, range(10, 25)),  # 10.2 to 25.5
         ((0.5, 0.5), 50, range(25, 25)),
-        ((0.9, 1), 10, range(9, 10)),
         (0.29, 100, range(0, 29)),  # 28.999999999999996 in binary
         (0.7, 10, range(0, 7)),  # 7.000000000000001
-        (1 / 3, 3, range(0, 1)),
         (0.1 + 0.2, 10, range(0, 3)),
         (0.5, 1, range(0, 0)),
         (1.0, 1, range(0, 1)),
@@ -520,20 +473,15 @@ BURGER, LASAGNE = "a squirrel eating a burger", "a lion eating a lasagne"
 @pytest.mark.parametrize(
     ("windows", "default", "named"),
     [
-        (0.8, (0, 0.8), {}),
         ((0.1, 0.8), (0.1, 0.8), {}),
         ({}, (0, 1), {}),  # as in the reference
         ({"default_": 0.8}, (0, 0.8), {}),
-        ({"lion": 0.4}, (0, 1), {2: (0, 0.4)}),
         ({"default_": 0.8, "lion": 0.4}, (0, 0.8), {2: (0, 0.4)}),
-        ({"lion": 0.4, "default_": (0.1, 1)}, (0.1, 1), {2: (0, 0.4)}),
         ({"default_": 0.8, "squirrel": 0.4}, (0, 0.8), {2: (0, 0.4)}),  # the source's word
         ({"lasagne": (0.2, 0.5)}, (0, 1), {5: (0.2, 0.5), 6: (0.2, 0.5)}),
         ({"burger": 0.2, "lion eating": 0.3}, (0, 1),
          {2: (0, 0.3), 3: (0, 0.3), 5: (0, 0.2), 6: (0, 0.2)}),
         ({"a": 0.1, "LION": 0}, (0, 1), {1: (0, 0.1), 2: (0, 0), 4: (0, 0.1)}),
-        ({"a#2": 0.1}, (0, 1), {4: (0, 0.1)}),
-        ({"lion": 0.4, "squirrel": 0.4}, (0, 1), {2: (0, 0.4)}),  # twice the same
     ],
 )  # fmt: skip
 def test_token_windows(clip_tokenizer, windows, default, named):

@@ -90,40 +90,23 @@ def metadata(path: str | Path) -> dict[str, Any]:
 MISTAKES: list[tuple[str, ...]] = [
     # what is no option, or has no value
     ("--nosuch", "--nosuch", "--help"),
-    ("'a cat' --st 4", "--st", "--help"),
     ("'a cat' 'a dog'", "a dog", "quotes"),
-    ("a squirrel eating a burger", "squirrel eating a burger", "quotes"),
     ("'a cat' --steps", "--steps", "expected"),
     # numbers
     ("'a cat' --steps 0", "steps", "from 1 to 999", "0"),
-    ("'a cat' --steps 1000", "steps", "from 1 to 999", "1000"),
-    ("'a cat' --steps x", "steps", "whole number", "'x'"),
-    ("'a cat' --steps 1.5", "steps", "whole number", "1.5"),
     ("'a cat' --seed -1", "seed", "from 0 to", "-1"),
-    ("'a cat' --seed 9223372036854775808", "seed", "from 0 to", "9223372036854775808"),
     ("'a cat' --guidance nan", "guidance", "number", "nan"),
-    ("'a cat' --guidance x", "guidance", "number", "'x'"),
     ("'a cat' --height 65", "height", "multiple of 8", "65"),
-    ("'a cat' --width 0", "width", "0"),
-    ("'a cat' --width 1e3", "width", "whole number", "1e3"),
     ("'a cat' --height 40000000 --width 40000000", "40000000"),
     (f"'a cat' --height 4{'0' * 30}", "height", f"4{'0' * 30}"),
-    ("'a cat' --eta 2", "eta", "from 0", "to 1", "2"),
     ("'a cat' --eta 0.5 --scheduler pndm", "PNDM", "DDIM", "0.5"),
     ("'a cat' --scheduler euler", "scheduler", "euler", "ddim", "pndm"),
     ("'a cat' --dtype int8", "dtype", "int8", "float32", "bfloat16"),
     # twice, where only one makes sense
     ("'a cat' --steps 2 --steps 3", "--steps", "once"),
-    ("'a cat' --swap cat=dog --self-replace-steps .1 --self-replace-steps .3", "--self", "once"),
     ("'a cat' --swap cat=dog --sweep cross=0.1 --sweep self=0.1", "--sweep", "once"),
-    ("'a cat' --reweight cat=2 --reweight cat=3", "cat", "--reweight"),
     ("'a cat' --reweight cat=2 --reweight Cat=3", "'cat'", "'Cat'"),
     ("'a cat' --swap cat=dog --cross-replace-steps .4 --cross-replace-steps .5", "one"),
-    (
-        "'a cat' --swap cat=dog --cross-replace-steps cat=.4 --cross-replace-steps cat=.5",
-        "'cat'",
-        "one",
-    ),
     (
         "'a cat' --swap cat=dog --cross-replace-steps cat=.4 --cross-replace-steps dog=.5",
         "'cat'",
@@ -131,95 +114,58 @@ MISTAKES: list[tuple[str, ...]] = [
         "once",
     ),
     ("'a cat' --swap cat=dog --sweep cross=.1,.4 --cross-replace-steps .3", "--sweep", "--cross"),
-    ("'a cat' --swap cat=dog --sweep self=.1,.4 --self-replace-steps .3", "--sweep", "--self"),
     ("'a cat' --swap cat=dog --sweep cross=.5,0.5", "--sweep", "0.5"),
     # words and prompts
     ("'a cat' --swap cat", "--swap", "'cat'", "="),
-    ("'a cat' --swap =lion", "--swap", "'=lion'"),
     ("'a cat' --swap cat=", "--swap", "'cat='"),
     ("'a cat' --swap zebra=lion", "'zebra'", "a cat"),
-    ("'a cat' --swap a.t=lion", "'a.t'", "a cat"),
     ("'a cat' --to ''", "--to", "''"),
-    ("'a cat' --reweight x", "--reweight", "'x'", "="),
-    ("'a cat' --reweight cat=", "--reweight", "'cat='"),
     ("'a cat' --reweight cat=abc", "--reweight", "'abc'"),
-    ("'a cat' --reweight cat=nan", "'cat'", "nan", "finite"),
     ("'a cat' --reweight zebra=2", "'zebra'", "a, cat"),
     ("'a cat' --swap cat=dog --blend zebra", "'zebra'", "a, cat, dog"),
-    ("'a cat' --swap cat=dog --blend ''", "''", "a, cat, dog"),
     ("--blend cat", "'cat'", "squirrel", "lion"),
     ("--swap cat=dog", "prompt"),
-    ("--to 'a dog'", "prompt"),
-    ("--reweight cat=2", "prompt"),
     ("'' --swap cat=dog", "prompt"),
     ("'a caf\udce9' --steps 1", "caf", "UTF-8"),
     (f"--fast --dtype float16 --model '{EMOJI}'", "--fast", "float16", "float32"),
     # windows
     ("'a cat' --swap cat=dog --cross-replace-steps 1.5", "--cross", "from 0 to 1", "'1.5'"),
     ("'a cat' --swap cat=dog --cross-replace-steps 0.8,0.2", "--cross", "start", "'0.8,0.2'"),
-    ("'a cat' --swap cat=dog --cross-replace-steps 0,0.2,1", "--cross", "start", "'0,0.2,1'"),
-    ("'a cat' --swap cat=dog --cross-replace-steps x", "--cross", "from 0 to 1", "'x'"),
     ("'a cat' --swap cat=dog --cross-replace-steps cat=2", "--cross", "from 0 to 1", "'2'"),
     ("'a cat' --swap cat=dog --cross-replace-steps zebra=0.4", "'zebra'", "a, cat, dog"),
-    ("'a cat' --swap cat=dog --self-replace-steps 2", "--self", "from 0 to 1", "'2'"),
     ("'a cat' --swap cat=dog --self-replace-steps cat=0.4", "--self", "'cat=0.4'"),
-    ("'a cat' --swap cat=dog --sweep x", "--sweep", "'x'"),
     ("'a cat' --swap cat=dog --sweep foo=1", "--sweep", "cross=", "self=", "'foo=1'"),
-    ("'a cat' --swap cat=dog --sweep cross=", "--sweep", "'cross='"),
     ("'a cat' --swap cat=dog --sweep cross=0.1,,0.5", "--sweep", "from 0 to 1", "''"),
     # an edit is missing
     ("'a cat' --blend cat", "--blend", "--swap"),
     ("'a cat' --cross-replace-steps 0.5", "--cross-replace-steps", "--swap"),
-    ("'a cat' --self-replace-steps 0", "--self-replace-steps", "--swap"),
     ("'a cat' --sweep ''", "--sweep", "--swap"),
-    ("'a cat' --baseline", "--baseline", "--swap"),
     ("'a cat' --explain", "--explain", "--swap"),
     ("'a cat' --swap cat=dog --explain --height 65", "height", "multiple of 8", "65"),
     # what is no model
     ("'a cat' --model nosuch", "nosuch", ".safetensors"),
-    ("'a cat' --model {there}/empty", "empty", "unet/"),
-    ("'a cat' --model {there}/index", "index", "diffusion_pytorch_model.safetensors"),
-    ("'a cat' --model {there}/text.txt", "text.txt", "safetensors"),
-    ("'a cat' --model {there}/empty.safetensors", "empty.safetensors", "safetensors"),
-    ("'a cat' --model {there}/folder.safetensors", "folder.safetensors", "unet/"),
-    ("'a cat' --model {there}/torch.ckpt", "torch.ckpt", "pickle", ".safetensors"),
-    ("'a cat' --model {there}/cut", "vae", "damaged", "again"),
-    ("'a cat' --model {there}/json", "config.json", "JSON"),
-    ("'a cat' --model {there}/speechless", "speechless", "tokenizer"),
+    ("'a cat' --model {files}/empty", "empty", "unet/"),
+    ("'a cat' --model {files}/speechless", "speechless", "tokenizer"),
     ("'a cat' --model owner/name", "owner/name", "offline"),
     ("'a cat' --model 'no\nsuch'", "such", ".safetensors"),
-    ("'a cat' --model 'a\0b'", "a", ".safetensors"),
     ("'a cat' --tokenizer nosuch", "nosuch", "tokenizer.json"),
-    ("'a cat' --tokenizer {there}/empty", "empty", "vocab.json"),
-    ("'a cat' --tokenizer {there}/json/unet", "unet", "vocab.json"),
-    ("'a cat' --tokenizer {there}/strange", "strange", "tokenizer"),
+    ("'a cat' --tokenizer {files}/empty", "empty", "vocab.json"),
     ("'a cat' --device nonsense", "nonsense", "cpu"),
-    ("'a cat' --device cuda:99", "cuda:99", "cpu"),
     ("'a cat' --ema", "--ema", "single file"),
     # no place for the pictures
-    ("'a cat' --out {there}/text.txt", "--out", "text.txt", "folder"),
-    ("'a cat' --out {there}/text.txt/below", "--out", "text.txt", "folder"),
+    ("'a cat' --out {files}/text.txt/below", "--out", "text.txt", "folder"),
     ("'a cat' --out 'a\0b'", "--out"),
     (f"'a cat' --out {'x' * 300}", "x" * 300, "too long"),
 ]
 
 
 @pytest.fixture(scope="module")
-def there(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Files and folders of the user's that are no model, no tokenizer and no folder."""
-    root = tmp_path_factory.mktemp("there")
-    for folder in ("empty", "index", "folder.safetensors", "strange"):
-        (root / folder).mkdir()
-    (root / "index" / "model_index.json").write_text("{}")
-    (root / "strange" / "tokenizer.json").write_text("{}")
+def files(toy_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Write a folder that is no model, a model without a tokenizer, and a file."""
+    root = tmp_path_factory.mktemp("files")
+    (root / "empty").mkdir()
     (root / "text.txt").write_text("no model\n")
-    (root / "empty.safetensors").touch()
-    torch.save({"weight": torch.zeros(3)}, root / "torch.ckpt")
-    half = (EMOJI / "unet" / "diffusion_pytorch_model.safetensors").read_bytes()[:100_000]
-    for name in ("cut", "json", "speechless"):
-        shutil.copytree(EMOJI, root / name)
-    (root / "cut" / "vae" / "diffusion_pytorch_model.safetensors").write_bytes(half)
-    (root / "json" / "unet" / "config.json").write_text("{")
+    shutil.copytree(toy_folder, root / "speechless")
     shutil.rmtree(root / "speechless" / "tokenizer")
     return root
 
@@ -237,11 +183,11 @@ def is_one_sentence(outcome: Outcome, parts: list[str]) -> None:
 @pytest.mark.parametrize(
     "command, parts", [pytest.param(c, s, id=ascii(c)[1:70]) for c, *s in MISTAKES]
 )
-def test_a_mistake_is_one_sentence(run: Program, there: Path, tmp_path: Path, command, parts):
-    before = contents(there)
-    is_one_sentence(run(*shlex.split(command.replace("{there}", str(there)))), parts)
+def test_a_mistake_is_one_sentence(run: Program, files: Path, tmp_path: Path, command, parts):
+    before = contents(files)
+    is_one_sentence(run(*shlex.split(command.replace("{files}", str(files)))), parts)
     assert contents(tmp_path) == {}
-    assert contents(there) == before
+    assert contents(files) == before
 
 
 def test_a_folder_that_may_not_be_written_to(run: Program, tmp_path: Path, monkeypatch):
@@ -254,7 +200,7 @@ def test_a_folder_that_may_not_be_written_to(run: Program, tmp_path: Path, monke
 
 
 def test_no_mistake_is_noticed_late(run: Program, monkeypatch):
-    """What no model is needed for is refused before one is loaded, let alone downloaded."""
+    """A mistake that needs no model is refused before one is loaded, let alone downloaded."""
     late = [
         "--steps 0",
         "--seed -1",
@@ -352,16 +298,11 @@ ONE, TWO = "source edit-1 row", "source edit-1 edit-2 row"
 @pytest.mark.parametrize(
     "command, names",
     [
-        ("--swap squirrel=lion --swap burger=pizza", TWO),
         ("--swap squirrel=lion --to 'a photo of a cat'", TWO),
-        ("--swap 'squirrel=a cat and a lion'", ONE),  # unequal word counts
         ("--to 'a squirrel at night' --baseline", "source edit-1-baseline edit-1 row"),
-        ("--reweight burger=-2", ONE),
-        ("--swap squirrel=lion --reweight lion=2 --reweight burger=.5", ONE),
+        ("--swap 'squirrel=a cat and a lion' --reweight burger=-2", ONE),
         ("--swap squirrel=lion --blend lion --blend burger --scheduler pndm", ONE),
-        ("--swap squirrel=lion --cross-replace-steps .8 --self-replace-steps .1,.5", ONE),
         ("--swap squirrel=lion --cross-replace-steps .1,.8 --cross-replace-steps lion=.4", ONE),
-        ("--swap squirrel=lion --guidance 1 --eta 1", ONE),
         ("--swap squirrel=lion --maps", "source source-maps edit-1 edit-1-maps row"),
         (
             "--swap squirrel=lion --sweep cross=.1,0.9 --self-replace-steps .2",
@@ -397,35 +338,19 @@ def test_windows_do_what_they_say(run: Program, model, monkeypatch):
     assert all(difference("none/source.png", f"{name}/source.png") <= 1 for name in windows)
 
 
-@pytest.mark.parametrize("height, width", [(72, 200), (240, 320)])
 @pytest.mark.filterwarnings("ignore")
-def test_pictures_that_are_not_square(run: Program, height, width):
-    """240 x 320 has latents of 30 x 40."""
+def test_pictures_that_are_not_square(run: Program):
     command = [SQUIRREL, "--swap", "squirrel=lion", "--blend", "lion", "--maps", "--steps", "1"]
-    outcome = run(*command, "--height", str(height), "--width", str(width))
+    outcome = run(*command, "--height", "120", "--width", "160")
     wrote(outcome, "source source-maps edit-1 edit-1-maps row")
-    assert picture("out/edit-1.png").size == (width, height)
+    assert picture("out/edit-1.png").size == (160, 120)
     sheet, maps = picture("out/row.png"), picture("out/edit-1-maps.png")
     assert 250 < sheet.height < 400
     assert maps.width - 8 == 3.5 * (sheet.width - 8)  # the picture and six words: "a" is one
 
 
-def test_a_sweep_has_a_row_for_each_prompt(run: Program):
-    command = [SQUIRREL, "--swap", "squirrel=lion", "--swap", "squirrel=dog", "--steps", "1"]
-    assert run(*command, "--sweep", "cross=0,1", "--baseline").status == 0
-    sheet = picture("out/row.png")
-    assert sheet.width == 4 * (256 + 8) + 8 and sheet.height > 2 * (256 + 8)
-
-
-def test_half_precision(run: Program):
-    command = [SQUIRREL, "--steps", "10", "--model", str(EMOJI)]
-    wrote(run(*command, "--dtype", "bfloat16"), "picture")
-    assert run(*command, "--out", "full").status == 0
-    assert 0 < difference("out/picture.png", "full/picture.png") < 64
-
-
 def test_fast(run: Program, toy_folder: Path):
-    """On a copy of the model, for it is changed."""
+    """--fast changes the model, so it gets one of its own."""
     command = [SQUIRREL, "--steps", "1", "--model", str(toy_folder)]
     wrote(run(*command, "--fast"), "picture")
     wrote(run(*command, "--out", "usual"), "picture", "usual")
@@ -484,9 +409,11 @@ def test_a_preview_is_redrawn(run: Program, monkeypatch):
 # --- numbers that end -----------------------------------------------------------------------------
 
 
-def damaged(folder: Path, part: str, tensor: str, change: Callable[[torch.Tensor], None]) -> str:
-    """Save a copy of the bundled model with one of its tensors changed."""
-    shutil.copytree(EMOJI, folder)
+def damaged(
+    source: Path, folder: Path, part: str, tensor: str, change: Callable[[torch.Tensor], None]
+) -> str:
+    """Save a copy of a model with one of its tensors changed."""
+    shutil.copytree(source, folder)
     (file,) = (folder / part).glob("*.safetensors")
     state = load_file(file)
     (name,) = [name for name in state if name.removeprefix("text_model.") == tensor]
@@ -511,9 +438,9 @@ NUMBERS_END = [
 
 
 @pytest.mark.parametrize("part, tensor, message", NUMBERS_END)
-def test_numbers_that_end(run: Program, tmp_path: Path, part, tensor, message):
+def test_numbers_that_end(run: Program, toy_folder, tmp_path: Path, part, tensor, message):
     """No black picture: one sentence, and nothing is written."""
-    model = damaged(tmp_path / "model", part, tensor, one_nan)
+    model = damaged(toy_folder, tmp_path / "model", part, tensor, one_nan)
     before = contents(tmp_path)
     command = [SQUIRREL, "--swap", "squirrel=lion", "--steps", "1", "--model", model]
     outcome = run(*command, "--maps", "--html", "page.html")
@@ -522,7 +449,7 @@ def test_numbers_that_end(run: Program, tmp_path: Path, part, tensor, message):
 
 
 def test_numbers_beyond_float16(run: Program, tmp_path: Path):
-    model = damaged(tmp_path / "model", "unet", "mid_block.resnets.0.norm2.weight", large)
+    model = damaged(EMOJI, tmp_path / "model", "unet", "mid_block.resnets.0.norm2.weight", large)
     command = [SQUIRREL, "--steps", "2", "--model", model]
     outcome = run(*command, "--dtype", "float16")
     assert outcome.status == 2 and outcome.out == "" and not Path("out").exists()
@@ -633,11 +560,11 @@ class Full:
         self.calls = 0
         original = getattr(Path, method)
 
-        def call(path: Path, *arguments: Any, **more: Any) -> Any:
+        def call(path: Path, *arguments: Any, **options: Any) -> Any:
             self.calls += 1
             if self.calls == 2:
                 raise error
-            return original(path, *arguments, **more)
+            return original(path, *arguments, **options)
 
         monkeypatch.setattr(Path, method, call)
 
@@ -666,10 +593,10 @@ def test_a_file_that_cannot_take_its_place_is_named(tmp_path: Path, monkeypatch)
 def test_what_appears_during_a_run_is_not_replaced(run: Program, tmp_path: Path, monkeypatch):
     generate = Run.generate
 
-    def late(*arguments: Any, **more: Any) -> minip2p.Result:
+    def late(*arguments: Any, **options: Any) -> minip2p.Result:
         Path("out").mkdir()
         Path("out/edit-1.png").write_text("mine")
-        return generate(*arguments, **more)
+        return generate(*arguments, **options)
 
     monkeypatch.setattr(Run, "generate", late)
     outcome = run("a cat", "--swap", "cat=dog", "--steps", "1")
@@ -698,18 +625,17 @@ def test_a_second_run_replaces_files_of_its_names_and_deletes_nothing(run: Progr
 
 
 @pytest.mark.parametrize(
-    "command, name",
+    "command, name, content",
     [
-        ("'a cat'", "out/picture.png"),
-        ("'a cat' --maps", "out/picture-maps.png"),
-        ("'a cat' --swap cat=dog", "out/row.png"),
-        ("'a cat' --swap cat=dog --swap cat=lion --maps", "out/edit-2-maps.png"),
-        ("'a cat' --html page.html", "page.html"),
-        ("'a cat' --html page.png", "page.png"),
-        ("'a cat' --preview preview.png", "preview.png"),
+        ("'a cat'", "out/picture.png", "a picture"),
+        ("'a cat' --maps", "out/picture-maps.png", "text"),
+        ("'a cat' --swap cat=dog", "out/row.png", "a folder"),
+        ("'a cat' --swap cat=dog --swap cat=lion --maps", "out/edit-2-maps.png", "nowhere"),
+        ("'a cat' --html page.html", "page.html", "text"),
+        ("'a cat' --html page.png", "page.png", "a picture"),
+        ("'a cat' --preview preview.png", "preview.png", "a picture"),
     ],
 )
-@pytest.mark.parametrize("content", ["a picture", "text", "nowhere", "a folder"])
 def test_what_minip2p_did_not_write_stays(run: Program, tmp_path: Path, command, name, content):
     Path("out").mkdir()
     if content == "a picture":
@@ -750,8 +676,8 @@ def latents(monkeypatch) -> list[torch.Tensor]:
     results: list[torch.Tensor] = []
     generate = Run.generate
 
-    def keep(*arguments: Any, **more: Any) -> minip2p.Result:
-        result = generate(*arguments, **more)
+    def keep(*arguments: Any, **options: Any) -> minip2p.Result:
+        result = generate(*arguments, **options)
         results.append(result.latents)
         return result
 
@@ -765,15 +691,13 @@ REPEATS = {
         "--cross-replace-steps .8 --self-replace-steps .1,.5 --seed 1",
         "edit-1",
     ),
-    "reweight": ("'a cat at night' --reweight night=-2 --reweight cat=1.5", "source"),
+    "reweight": ("'a cat at night' --reweight night=-2 --height 48 --width 96", "source"),
     "sweep": (
         f"'{SQUIRREL}' --swap squirrel=lion --swap burger=cake --sweep cross=0.1,.9 --baseline",
         "edit-2-cross-0.9",
     ),
     "pndm": ("'a cat' --to 'a big cat' --scheduler pndm --guidance 3.25", "row"),
-    "eta": ("'a cat' --swap cat=dog --eta 0.3 --scheduler ddim --dtype bfloat16 --fast", "row"),
-    "negative prompt": ("'a cat' --negative='--no --dog, né' --seed 8888", "picture"),
-    "not square": ("'a cat' --swap cat=dog --height 48 --width 96", "edit-1"),
+    "negative prompt": ("'a cat' --negative='--no, né' --eta 0.3 --scheduler ddim", "picture"),
     "maps and a page": ("'a cat' --swap cat=dog --maps --html a.html", "edit-1-maps"),
     "as a newcomer": ("", "row"),
     "a prompt that looks like an option": ("--steps=2 -- '--seed=1, a café 🐱'", "picture"),
@@ -785,8 +709,6 @@ REPEATS = {
 def test_repeat_makes_the_same(run: Program, latents, tmp_path: Path, command, name):
     """From the file's record, from its command, and as an equal Run from the words again."""
     words = [*([] if "--steps" in command else ["--steps", "2"]), *shlex.split(command)]
-    if "--fast" in words:
-        words = [word for word in words if word not in ("--fast", "--dtype", "bfloat16")]
     assert run("--out", "first", *words).status == 0
     shutil.copy(f"first/{name}.png", "elsewhere.png")  # under another name
 
@@ -857,19 +779,14 @@ RECORDS: dict[str, dict[str, Any]] = {  # what a stranger may have written into 
     "broken": {"run": '{"prompts": ['},
     "code": {"run": "__import__('os').system('touch owned')"},
     "deep": {"run": "[" * 100_000},
-    "number": {"run": 5},
     "unknown": {"run": LIKE_CAT | {"nosuch": 1}},
     "wrong": {"run": LIKE_CAT | {"num_inference_steps": "many"}},
-    "many": {"run": {"prompts": ["a cat"] * 9999}},
     "hooks": {"run": LIKE_CAT | {"callers_own": ["the hook \x1b[2J"]}},
     "options": {"run": LIKE_CAT, "options": [1]},
-    "page": {"run": LIKE_CAT, "options": {"html": 5}},
     "help": {"command": ["--help"]},
-    "h": {"command": ["-h"]},
     "version": {"command": ["--version", "--", "a cat"]},
     "mixed": {"command": ["--steps=1", 5]},
     "swaps": {"command": ["--swap=cat=dog"] * 5000},
-    "nothing": {"command": []},
     "zebra": {"command": ["--swap=zebra=lion", "--", "a cat"]},
 }
 NO_REPEATS = [
@@ -992,15 +909,11 @@ def test_imports_run_one_way_and_nothing_imports_the_program():
     assert users == ["minip2p.__main__"]
 
 
-@pytest.mark.parametrize("program", ["minip2p.sample", "minip2p"])
-def test_the_program_says_its_version(program: str):
-    command = [sys.executable, "-m", program, "--version"]
+def test_the_program_says_its_version():
+    command = [sys.executable, "-m", "minip2p", "--version"]
     done = subprocess.run(command, capture_output=True, text=True, timeout=300)
-    assert (done.returncode, done.stdout, done.stderr) == (
-        0,
-        f"minip2p {minip2p.__version__}\n",
-        "",
-    )
+    version = f"minip2p {minip2p.__version__}\n"
+    assert (done.returncode, done.stdout, done.stderr) == (0, version, "")
 
 
 def test_the_installed_command_is_there():

@@ -14,6 +14,7 @@ import subprocess
 import sys
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -95,7 +96,12 @@ def quick(clone, monkeypatch, toy) -> None:
 # --- what runs -----------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("page", [p for p in PAGES if p.name != "sweep.md"], ids=name)
+def in_time(page: Path) -> Any:
+    """Mark the recipes as slow: test_recipes.py runs their definitions."""
+    return pytest.param(page, marks=pytest.mark.slow) if page == RECIPES else page
+
+
+@pytest.mark.parametrize("page", [in_time(p) for p in PAGES if p.name != "sweep.md"], ids=name)
 def test_python_blocks_run(page, quick):
     run_page(page)  # sweep.md's block reads the results of a study
 

@@ -1,4 +1,4 @@
-"""What `explain` prints, by heart: whose attention each token takes over, and at which calls."""
+"""`explain` against tables by hand: whose attention each token takes over, at which calls."""
 
 import pytest
 

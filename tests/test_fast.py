@@ -40,7 +40,7 @@ def onednn() -> None:
 
 
 @pytest.mark.parametrize("m", [2, 4])
-def test_winograds_matrices_are_exact(m: int) -> None:
+def test_winograds_matrices_are_exact(m):
     """In one dimension, with integers: Aᵀ [(G g) ⊙ (Bᵀ d)] is the correlation of d with g."""
     g = torch.tensor([24.0, -48.0, 72.0]).double()  # G divides by up to 24
     d = torch.arange(m + 2).double() ** 2 - 3
@@ -51,7 +51,7 @@ def test_winograds_matrices_are_exact(m: int) -> None:
 
 @pytest.mark.parametrize("m", [2, 4])
 @pytest.mark.parametrize("size", [(3, 4, 4), (1, 6, 9), (2, 1, 1), (3, 32, 33)])
-def test_winograd_is_the_convolution(onednn: None, m: int, size: tuple[int, int, int]) -> None:
+def test_winograd_is_the_convolution(onednn, m, size):
     torch.manual_seed(0)
     conv = nn.Conv2d(24, 40, 3, padding=1).requires_grad_(False)
     x = torch.randn(size[0], 24, *size[1:])
@@ -69,9 +69,7 @@ if torch.ops.mkldnn._is_mkldnn_bf16_supported():
 
 @pytest.mark.parametrize("dtype, limit", LIMITS.items(), ids=str)
 @pytest.mark.parametrize("size", [(16, 16), (9, 14)])
-def test_prepared_unet_computes_the_same(
-    onednn: None, wide_unet: UNet, size: tuple[int, int], dtype: torch.dtype, limit: float
-) -> None:
+def test_prepared_unet_computes_the_same(onednn, wide_unet, size, dtype, limit):
     x, context = torch.randn(3, 4, *size), torch.randn(3, 77, 32)
     truth = wide_unet(x, 500, context)
     prepared = fast.prepare(wide_unet.to(dtype))
@@ -84,14 +82,14 @@ def test_prepared_unet_computes_the_same(
         assert difference(out, truth) < limit
 
 
-def test_only_float32_and_bfloat16_on_the_cpu_are_prepared(wide_unet: UNet) -> None:
+def test_only_float32_and_bfloat16_on_the_cpu_are_prepared(wide_unet):
     with pytest.raises(minip2p.UserError, match="float16"):
         fast.prepare(wide_unet.to(torch.float16))
     with pytest.raises(minip2p.UserError, match="meta"):
         fast.prepare(wide_unet.float().to("meta"))
 
 
-def test_an_edited_run_stays_the_same(onednn: None, model: minip2p.StableDiffusion) -> None:
+def test_an_edited_run_stays_the_same(onednn, model):
     edit = minip2p.WordSwap(local_blend=minip2p.LocalBlend("squirrel"))
     settings = {"edit": edit, "num_inference_steps": 4, "decode": False}
     prepared = copy.copy(model)
@@ -100,7 +98,7 @@ def test_an_edited_run_stays_the_same(onednn: None, model: minip2p.StableDiffusi
     assert difference(minip2p.generate(prepared, PROMPTS, **settings).latents, truth) < 1e-4
 
 
-def test_memory_can_be_kept_and_given_back() -> None:
+def test_memory_can_be_kept_and_given_back():
     x = torch.randn(1 << 20)
     try:
         has_setting = fast.keep_memory()
@@ -123,9 +121,7 @@ def edit_and_store(model: minip2p.StableDiffusion) -> tuple[Chain, minip2p.Atten
 
 
 @torch.no_grad()
-def test_a_graph_reads_the_maps_that_hooks_read(
-    toy: minip2p.StableDiffusion, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_graph_reads_the_maps_that_hooks_read(toy, monkeypatch):
     """All of a Graph but its recording, which needs a GPU: here its call is made but once."""
     monkeypatch.setattr(torch.cuda, "CUDAGraph", lambda: SimpleNamespace(replay=lambda: None))
     monkeypatch.setattr(torch.cuda, "graph", lambda *_, **__: nullcontext())
@@ -144,7 +140,7 @@ def test_a_graph_reads_the_maps_that_hooks_read(
         assert torch.equal(plain, from_graph)
 
 
-def test_which_hooks_are_recorded(toy: minip2p.StableDiffusion) -> None:
+def test_which_hooks_are_recorded(toy):
     """Calls share a graph while their windows are the same; what is not linear has none."""
     chain, store = edit_and_store(toy)
     states = [fast.state_of(chain.at(call, 10, 0)) for call in range(10)]
@@ -157,13 +153,13 @@ def test_which_hooks_are_recorded(toy: minip2p.StableDiffusion) -> None:
     assert fast.state_of(before) is None
 
 
-def test_only_a_unet_on_a_gpu_is_recorded(wide_unet: UNet) -> None:
+def test_only_a_unet_on_a_gpu_is_recorded(wide_unet):
     with pytest.raises(minip2p.UserError, match="not on cpu"):
         fast.record(wide_unet)
 
 
 @pytest.mark.gpu
-def test_a_recorded_run_is_the_run_itself() -> None:
+def test_a_recorded_run_is_the_run_itself():
     """With every state of the windows, a blend, a word's maps, and a second run after the first."""
     model = minip2p.load(device="cuda")
     blend = minip2p.LocalBlend("squirrel")
@@ -208,9 +204,7 @@ def counter() -> Iterator[object]:
     ],
     ids=["plain", "swap and blend"],
 )
-def test_a_compiled_unet_has_few_graphs_and_no_breaks(
-    toy: minip2p.StableDiffusion, counter: object, edit: object, graphs: int
-) -> None:
+def test_a_compiled_unet_has_few_graphs_and_no_breaks(toy, counter, edit, graphs):
     compiled = copy.copy(toy)
     compiled.unet = torch.compile(toy.unet, backend=counter, fullgraph=True)  # a break would raise
     settings = {"edit": edit, "num_inference_steps": 10, "decode": False}
@@ -221,8 +215,8 @@ def test_a_compiled_unet_has_few_graphs_and_no_breaks(
 
 
 @pytest.mark.slow
-def test_the_bundled_models_benchmark_runs(tmp_path: Path) -> None:
-    """It calls the program from outside, where a change of the program goes unseen."""
+def test_the_bundled_models_benchmark_runs(tmp_path):
+    """The benchmark starts the program, where a change of the program goes unseen."""
     command = [sys.executable, str(Path(__file__).parents[1] / "benchmarks" / "run.py"), "bundled"]
     results = tmp_path / "results.json"
     subprocess.run([*command, "--rounds", "1", "--results", str(results)], check=True)

@@ -34,7 +34,7 @@ def texts(path: str) -> dict[str, str]:
 
 
 def pixels(folder: str) -> dict[str, bytes]:
-    """Of the pictures in it."""
+    """Return the pixels of each picture in a folder."""
     return {path.name: Image.open(path).tobytes() for path in Path(folder).iterdir()}
 
 
@@ -42,12 +42,12 @@ def test_a_swap_in_a_photograph(run: Program, bird: str, monkeypatch):
     rows, grid = [], show.grid
     monkeypatch.setattr(sample.show, "grid", lambda *row: rows.append(row) or grid(*row))
     wrote(run(BIRD, "--image", bird, *SWAP, "--blend", "bird", *STEPS), "reconstruction edit-1 row")
-    (((given, again, edit),), (captions,)) = rows[0]
+    (((photo, again, edit),), (captions,)) = rows[0]
     assert captions == ["given", f"{BIRD} (reconstruction)", "a photo of a lion"]
-    with Image.open(bird) as photo:  # the middle of it
-        middle = photo.crop((20, 0, 140, 120)).resize(given.size, Image.Resampling.LANCZOS)
-    assert given.tobytes() == middle.tobytes()
-    assert again.tobytes() != given.tobytes() and edit.tobytes() != again.tobytes()
+    with Image.open(bird) as whole:
+        middle = whole.crop((20, 0, 140, 120)).resize(photo.size, Image.Resampling.LANCZOS)
+    assert photo.tobytes() == middle.tobytes()
+    assert again.tobytes() != photo.tobytes() and edit.tobytes() != again.tobytes()
     record = json.loads(texts("out/edit-1.png")["run"])
     assert record["source"]["method"] == "direct" and record["scheduler"] == "ddim"
     assert texts("out/edit-1.png")["prompt"] == "a photo of a lion"
@@ -74,8 +74,8 @@ def test_edits_are_put_back_into_the_whole(run: Program, bird: str):
 @pytest.mark.parametrize("fit, side", [("crop", False), ("pad", True), ("stretch", False)])
 def test_fit(run: Program, bird: str, fit: str, side: bool):
     assert run(BIRD, "--image", bird, "--fit", fit, *STEPS, "--inversion", "a").status == 0
-    given = Inversion.load("a").picture.image
-    assert (given.getpixel((30, 0)) == (255, 255, 255)) is side
+    image = Inversion.load("a").picture.image
+    assert (image.getpixel((30, 0)) == (255, 255, 255)) is side
 
 
 FRIENDLY = ["--method", "edit-friendly", "--skip", "1", "--guidance", "3"]
@@ -105,10 +105,6 @@ def test_a_tilde_is_the_home_folder(monkeypatch, tmp_path: Path):
         assert getattr(options, option) == tmp_path / "a"
 
 
-def test_without_an_edit(run: Program, bird: str):
-    wrote(run(BIRD, "--image", bird, *STEPS), "reconstruction row")
-
-
 def test_a_sweep(run: Program, bird: str):
     done = run(BIRD, "--image", bird, *SWAP, *STEPS, "--sweep", "cross=0.2,0.8", "--baseline")
     wrote(done, "reconstruction edit-1-baseline edit-1-cross-0.2 edit-1-cross-0.8 row")
@@ -124,34 +120,24 @@ def test_the_page_shows_it(run: Program, bird: str):
 
 
 def test_explain_counts_the_calls_that_there_will_be(run: Program, bird: str):
-    said = run(BIRD, "--image", bird, *SWAP, "--steps", "20", "--skip", "7", "--explain")
-    assert said.status == 0 and "of 13" in said.out and "of 20" not in said.out
+    table = run(BIRD, "--image", bird, *SWAP, "--steps", "20", "--skip", "7", "--explain")
+    assert table.status == 0 and "of 13" in table.out and "of 20" not in table.out
     assert os.listdir() == [bird]
     assert run(BIRD, "--image", bird, "--steps", "4", "--skip", "1", "--inversion", "a").status == 0
-    said = run(BIRD, "--inversion", "a", *SWAP, "--explain")
-    assert said.status == 0 and "of 3" in said.out
+    table = run(BIRD, "--inversion", "a", *SWAP, "--explain")
+    assert table.status == 0 and "of 3" in table.out
 
 
 MISTAKES = {
     "no prompt": (["--image", "bird.jpg"], "give it first, in quotes"),
     "missing": ([BIRD, "--image", "no.png"], "no.png can't be read: No such file"),
-    "folder": ([BIRD, "--image", "."], "is a folder"),
     "no picture": ([BIRD, "--image", "words.png"], "words.png is no picture"),
-    "empty": ([BIRD, "--image", "empty.png"], "empty.png is empty"),
-    "animated": ([BIRD, "--image", "moving.gif"], "moving.gif has 2 frames"),
     "fit alone": ([BIRD, "--fit", "pad"], "--fit needs your own picture: add --image"),
-    "method alone": ([BIRD, "--method", "ddim"], "--method needs your own picture"),
-    "skip alone": ([BIRD, "--skip", "3"], "--skip needs your own picture"),
     "put-back alone": ([BIRD, "--put-back"], "--put-back needs the whole picture"),
     "other fit": ([BIRD, "--image", "bird.jpg", "--fit", "cover"], "crop", "cover"),
-    "other method": ([BIRD, "--image", "bird.jpg", "--method", "null-text"], "direct", "null-text"),
     "long skip": ([BIRD, "--image", "bird.jpg", *STEPS, "--skip", "3"], "0 to 2, not 3"),
-    "no skip": ([BIRD, "--image", "bird.jpg", "--skip", "-1"], "0 to 998"),
     "scheduler": ([BIRD, "--image", "bird.jpg", "--scheduler", "pndm"], "leave out scheduler"),
-    "eta": ([BIRD, "--image", "bird.jpg", "--eta", "1"], "leave out scheduler and eta"),
-    "size": ([BIRD, "--image", "bird.jpg", "--height", "63"], "multiple of"),
     "no inversion": ([BIRD, "--inversion", "no.safetensors"], "There is no no.safetensors"),
-    "no such kind": ([BIRD, "--inversion", "words.png"], "words.png is damaged or no"),
     "other prompt": (["a photo of a cat", "--inversion", "kept"], "a photo of a bird"),
     "other steps": ([BIRD, "--inversion", "kept", "--steps", "9"], "--steps 3, not 9"),
     "other seed": ([BIRD, "--inversion", "kept", "--seed", "8888"], "--seed 5, not 8888"),
@@ -165,18 +151,14 @@ MISTAKES = {
     "other picture": ([BIRD, "--inversion", "kept", "--image", "cat.png"], "another picture"),
     "put back what": ([BIRD, "--inversion", "kept", "--put-back"], "add --image FILE"),
     "nowhere": ([BIRD, "--image", "bird.jpg", "--inversion", "words.png/a"], "--inversion"),
-    "twice": ([BIRD, "--image", "bird.jpg", "--image", "bird.jpg"], "only once"),
 }
 
 
 @pytest.mark.parametrize("name", MISTAKES)
 def test_mistakes(run: Program, bird: str, name: str):
-    command, *says = MISTAKES[name]
+    command, *parts = MISTAKES[name]
     Path("words.png").write_text("a photo of a bird")
-    Path("empty.png").write_bytes(b"")
     draw(Scene("cat", layout=1)).image.save("cat.png")
-    frames = {"save_all": True, "append_images": [Image.new("RGB", (9, 9))]}
-    Image.new("RGB", (9, 9), "red").save("moving.gif", **frames)
     options = {"kept": [], "friendly": ["--method", "edit-friendly", "--guidance", "3"]}
     for file in {*options} & {*command}:
         keep = ["--inversion", file, "--seed", "5", "--out", "o", *options[file]]
@@ -184,6 +166,6 @@ def test_mistakes(run: Program, bird: str, name: str):
     before = contents(Path())
     done = run(*command)
     assert done.status == 2 and done.out == "" and len(done.messages) == 1, done
-    for part in says:
+    for part in parts:
         assert part in done.messages[0]
     assert contents(Path()) == before

@@ -13,7 +13,6 @@ import numpy as np
 import pytest
 import torch
 from helpers import difference
-from PIL import Image
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
@@ -25,15 +24,14 @@ from minip2p.sweep.measure import measure
 from world.scenes import Scene, draw
 
 BIRD, LION = "a photo of a bird", "a photo of a lion"
+ALONE = {"guidance_scale": 1, "decode": False}
 EDITS = {
     "swap": WordSwap(),
-    "everything": WordSwap(1.0, 1.0),
     "nothing": None,
     "windows of words": WordSwap({"default_": 0.8, "lion": (0.2, 0.5)}, 0.3),
     "refine": Refine(local_blend=LocalBlend("lion", threshold=0.6)),
     "blend": WordSwap(local_blend=LocalBlend("bird", start=0.3)),
-    "reweight": Reweight({"lion": -2.0}),
-    "louder": Reweight({"lion": 3.0}, WordSwap(local_blend=LocalBlend("lion"))),
+    "reweight": Reweight({"lion": -2.0}, WordSwap(local_blend=LocalBlend("lion"))),
 }
 
 
@@ -83,16 +81,15 @@ def test_every_level_is_that_of_diffusers(tmp_path):
     truth = models.make_truth(len(json.loads((tokenizer / "vocab.json").read_text())))
     ours = minip2p.load(models.save_diffusers(tmp_path / "m", truth, tokenizer), device="cpu")
     for part in (ours.unet, ours.text_encoder, truth.unet, truth.text_encoder):
-        part.double()  # or else 50 steps add up what other kernels round: to 1.06e-5
+        part.double()  # or else the steps add up what other kernels round
     image = draw(Scene("cat", layout=5), 64).image
-    steps = 50
+    steps = 12
     source = invert(ours, image, BIRD, num_inference_steps=steps)
 
     config = {"steps_offset": 1, "set_alpha_to_one": False, "clip_sample": False}
     betas = dict(beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear")
     theirs = diffusers.DDIMInverseScheduler(**betas, **config)
     theirs.set_timesteps(steps)
-    assert theirs.timesteps[:3].tolist() == [1, 21, 41]
     pixels = torch.from_numpy(np.array(image)).permute(2, 0, 1)[None] / 127.5 - 1
     with torch.no_grad():
         x = truth.vae.encode(pixels).latent_dist.mode() * truth.vae.config.scaling_factor
@@ -119,37 +116,29 @@ def test_what_an_inversion_holds(model, bird, source):
     assert 0.4 < source.trajectory[0].std() < 1.3  # nearly noise: its wall is flat
 
 
-def test_more_refinements_lead_back_more_closely(model, bird):
-    """Without guidance, x_T leads back the more exactly the better each step is solved."""
+def test_refinements_lead_back_and_guidance_leads_away(model, bird):
+    """Without guidance, x_T leads back the more exactly the better each step is solved.
+
+    With guidance a plain inversion leads elsewhere: this is the reason for "direct".
+    """
     errors = []
-    for refinements in (0, 1, 3):
-        settings = {"num_inference_steps": 10, "method": "ddim", "refinements": refinements}
+    for refinements, guidance in (0, 1), (2, 1), (0, 7.5):
+        settings = {"num_inference_steps": 8, "method": "ddim", "refinements": refinements}
         source = invert(model, bird, BIRD, **settings)
-        with counted(model) as rows:
-            back = minip2p.generate(model, BIRD, source=source, guidance_scale=1).latents
-        assert sum(rows) == 10
+        settings = {"guidance_scale": guidance, "decode": False}
+        back = minip2p.generate(model, BIRD, source=source, **settings).latents
         errors.append(difference(back[0], source.trajectory[-1]))
-    assert errors[1] < 0.6 * errors[0] and errors[2] < 0.6 * errors[1], errors
-
-
-def test_guidance_breaks_a_plain_inversion(model, bird):
-    """This is the reason for "direct"."""
-    source = invert(model, bird, BIRD, num_inference_steps=10, method="ddim")
-    errors = [
-        difference(
-            minip2p.generate(model, BIRD, source=source, guidance_scale=g).latents[0],
-            source.trajectory[-1],
-        )
-        for g in (1, 7.5)
-    ]
-    assert errors[1] > 4 * errors[0], errors
+    assert errors[1] < 0.6 * errors[0] and errors[2] > 3 * errors[0], errors
 
 
 # ---- Row 0 ---------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("edit", EDITS)
-@pytest.mark.parametrize("method, guidance", [("direct", 7.5), ("edit-friendly", 1)])
+ROWS = [("direct", edit, 7.5) for edit in EDITS]
+ROWS += [("edit-friendly", edit, 1) for edit in ("swap", "nothing", "blend")]
+
+
+@pytest.mark.parametrize("method, edit, guidance", ROWS)
 def test_row_0_is_the_reconstruction_to_the_bit(model, source, friendly, method, edit, guidance):
     source = source if method == "direct" else friendly
     prompts = [BIRD, LION]
@@ -177,10 +166,12 @@ def test_row_0_with_hooks_and_alone(model, source):
         ([BIRD, LION], "auto"),
         ([BIRD, LION], WordSwap(local_blend=LocalBlend("lion"))),
     ):
-        out = minip2p.generate(model, prompts, edit=edit, source=source, store=True)
+        settings = {"edit": edit, "store": True, "decode": False}
+        out = minip2p.generate(model, prompts, source=source, **settings)
         assert torch.equal(out.latents[0], source.trajectory[-1])
         assert out.attention.word("bird").shape == out.attention.size
-    wild = minip2p.generate(model, [BIRD, LION], hooks=[Wild()], source=source)  # it is the last
+    # A hook acts last.
+    wild = minip2p.generate(model, [BIRD, LION], hooks=[Wild()], source=source, decode=False)
     assert not torch.equal(wild.latents[0], source.trajectory[-1])
 
 
@@ -217,20 +208,20 @@ def test_edit_friendly_noises_are_not_small(friendly):
 
 
 @pytest.mark.parametrize("spacing", ["trailing", "linspace"])
-@pytest.mark.parametrize("steps", [3, 6])
-def test_other_spacings_of_timesteps(model, bird, spacing, steps):
+def test_other_spacings_of_timesteps(model, bird, spacing):
     """A step and its inverse belong to the same two levels at any distance of timesteps."""
-    other = replace(model, schedule={**model.schedule, "timestep_spacing": spacing})
-    settings = {"num_inference_steps": steps}
+    other = replace(model, schedule=model.schedule | {"timestep_spacing": spacing})
     for method in ("direct", "edit-friendly"):
-        source = invert(other, bird, BIRD, method=method, **settings)
-        out = minip2p.generate(other, [BIRD, LION], edit="auto", source=source)
+        source = invert(other, bird, BIRD, method=method, num_inference_steps=3)
+        out = minip2p.generate(other, [BIRD, LION], edit="auto", source=source, decode=False)
         assert torch.equal(out.latents[0], source.trajectory[-1]) and out.latents.isfinite().all()
-    source = invert(other, bird, BIRD, method="ddim", refinements=8, **settings)
-    back = minip2p.generate(other, BIRD, source=source, guidance_scale=1).latents[0]
-    once = invert(other, bird, BIRD, method="ddim", **settings)
-    plainly = minip2p.generate(other, BIRD, source=once, guidance_scale=1).latents[0]
-    assert difference(back, source.trajectory[-1]) < 0.3 * difference(plainly, once.trajectory[-1])
+    errors = []
+    for refinements in (0, 4):
+        settings = {"num_inference_steps": 3, "method": "ddim", "refinements": refinements}
+        source = invert(other, bird, BIRD, **settings)
+        back = minip2p.generate(other, BIRD, source=source, **ALONE).latents[0]
+        errors.append(difference(back, source.trajectory[-1]))
+    assert errors[1] < 0.3 * errors[0], errors
 
 
 # ---- Settings ------------------------------------------------------------------------------------
@@ -240,11 +231,11 @@ def test_an_edit_costs_no_more_than_of_a_generated_picture(model, source, friend
     """The source's row needs no unconditional row."""
     for inversion, at_most in ((None, 4), (source, 3), (friendly, 3)):
         with counted(model) as rows:
-            steps = {} if inversion else {"num_inference_steps": 4}
-            minip2p.generate(model, [BIRD, LION], edit="auto", source=inversion, **steps)
+            settings = {"decode": False} | ({} if inversion else {"num_inference_steps": 4})
+            minip2p.generate(model, [BIRD, LION], edit="auto", source=inversion, **settings)
         assert rows == [at_most] * 4
     with counted(model) as rows:
-        minip2p.generate(model, [BIRD, LION], edit="auto", source=source, guidance_scale=1)
+        minip2p.generate(model, [BIRD, LION], edit="auto", source=source, **ALONE)
     assert rows == [2] * 4
 
 
@@ -269,12 +260,12 @@ def test_the_cost_of_inversions(toy, bird, settings, rows):
 @pytest.mark.parametrize("method", ["direct", "edit-friendly"])
 def test_skip_stays_closer_to_the_picture(model, bird, method):
     distances = []
-    for skip in (0, 3, 5):
-        source = invert(model, bird, BIRD, num_inference_steps=6, method=method, skip=skip)
-        out = minip2p.generate(model, [BIRD, LION], edit="auto", source=source)
+    for skip in (0, 3):
+        source = invert(model, bird, BIRD, num_inference_steps=4, method=method, skip=skip)
+        out = minip2p.generate(model, [BIRD, LION], edit="auto", source=source, decode=False)
         assert torch.equal(out.latents[0], source.trajectory[-1])
         distances.append(difference(out.latents[1], out.latents[0]))
-    assert 0 < distances[2] < min(distances[:2]), distances
+    assert 0 < distances[1] < distances[0], distances
 
 
 def test_seeds_and_repeats(model, bird, friendly):
@@ -338,33 +329,18 @@ def test_save_and_load(toy, bird, method, tmp_path):
     assert torch.equal(out[0].latents, out[1].latents)
 
 
-def test_metadata_of_a_photograph_gets_nowhere(toy, bird, tmp_path):
-    exif = Image.Exif()
-    exif.get_ifd(0x8825)[2] = (52.0, 31.0, 12.0)
-    exif[0x010E] = "SECRET"
-    bird.save(tmp_path / "in.jpg", exif=exif, comment=b"SECRET")
-    source = invert(toy, tmp_path / "in.jpg", BIRD, num_inference_steps=1)
-    source.save(tmp_path / "out.safetensors")
-    out = minip2p.generate(toy, [BIRD, LION], edit="auto", source=source)
-    source.picture.put_back(out.images[1]).save(tmp_path / "out.jpg")
-    out.images[1].save(tmp_path / "out.png")
-    for name in ("out.safetensors", "out.jpg", "out.png"):
-        content = (tmp_path / name).read_bytes()
-        assert b"SECRET" not in content and b"Exif" not in content and b"in.jpg" not in content
-
-
 def rewrite(file: Path, changes: dict[str, object], tensors: dict[str, Tensor | None]) -> None:
     """Replace settings and tensors of a saved inversion; None removes one."""
-    with file.open("rb") as content:
-        header = json.loads(content.read(int.from_bytes(content.read(8), "little")))
-    about = json.loads(header["__metadata__"]["about"])
+    with file.open("rb") as stream:
+        header = json.loads(stream.read(int.from_bytes(stream.read(8), "little")))
+    content = json.loads(header["__metadata__"]["about"])
     for name, value in changes.items():
-        table = about if name in about else about["settings"]
+        table = content if name in content else content["settings"]
         table.pop(name, None)
         if value is not None:
             table[name] = value
     parts = {name: t for name, t in (load_file(file) | tensors).items() if t is not None}
-    save_file(parts, file, header["__metadata__"] | {"about": json.dumps(about)})
+    save_file(parts, file, header["__metadata__"] | {"about": json.dumps(content)})
 
 
 def test_a_file_with_any_part_changed_is_damaged(toy_source, tmp_path):
@@ -401,54 +377,37 @@ INVERT = {
     "method": ({"method": "null-text"}, "direct, edit-friendly, ddim", "'null-text'"),
     "prompts": ({"prompt": [BIRD]}, "one string"),
     "steps": ({"num_inference_steps": 0}, "1 to 999", "0"),
-    "half a step": ({"num_inference_steps": 2.5}, "2.5"),
     "skip": ({"num_inference_steps": 4, "skip": 4}, "0 to 3", "4"),
-    "true skip": ({"skip": True}, "True"),
     "refinements": ({"refinements": 100}, "0 to 99", "100"),
     "refined noises": ({"method": "edit-friendly", "refinements": 1}, "leave them out"),
-    "seed": ({"seed": -1}, "seed", "-1"),
-    "guidance": ({"guidance_scale": float("nan")}, "number from -1000 to 1000", "nan"),
-    "height": ({"height": 63}, "multiple of", "63"),
     "fit": ({"fit": "squeeze"}, "crop, pad, stretch", "'squeeze'"),
     "picture": ({"image": "no-such.png"}, "no-such.png"),
-    "no picture": ({"image": None}, "not None"),
 }
-
-
-@pytest.mark.parametrize("name", INVERT)
-def test_mistakes_of_inverting(toy, bird, name):
-    settings, *says = INVERT[name]
-    settings = {"image": bird, "prompt": BIRD} | settings
-    with counted(toy) as rows, pytest.raises(UserError) as caught:
-        invert(toy, settings.pop("image"), settings.pop("prompt"), **settings)
-    sentence = str(caught.value)
-    assert sentence.endswith(".") and "\n" not in sentence and not rows
-    for part in says:
-        assert part in sentence
 
 
 SOURCE = {
     "other prompt": ([LION, BIRD], {}, repr(BIRD), repr(LION)),
     "other steps": ([BIRD], {"num_inference_steps": 20}, "num_inference_steps 3", "20"),
-    "other height": ([BIRD], {"height": 192}, "with height", "192"),
     "latents": ([BIRD], {"latents": torch.zeros(1, 4, 16, 16)}, "latents", "leave it out"),
     "own scheduler": ([BIRD], {"scheduler": minip2p.DDIM(4)}, "scheduler", "leave it out"),
     "eta": ([BIRD], {"eta": 1.0}, "eta", "leave it out"),
     "a file": ([BIRD], {"source": "bird.safetensors"}, "minip2p.invert", "'bird.safetensors'"),
-    "a picture": ([BIRD], {"source": np.zeros((8, 8, 3))}, "minip2p.invert", "ndarray"),
-    "the class": ([BIRD], {"source": Inversion}, "class Inversion"),
 }
 
 
-@pytest.mark.parametrize("name", SOURCE)
-def test_mistakes_of_editing(toy, toy_source, name):
-    prompts, settings, *says = SOURCE[name]
-    settings = {"source": toy_source} | settings
+@pytest.mark.parametrize("name", [*INVERT, *SOURCE])
+def test_mistakes(toy, bird, toy_source, name):
+    """One sentence, before the UNet is called."""
     with counted(toy) as rows, pytest.raises(UserError) as caught:
-        minip2p.generate(toy, prompts, **settings)
+        if name in INVERT:
+            settings, *parts = INVERT[name]
+            invert(toy, **({"image": bird, "prompt": BIRD} | settings))
+        else:
+            prompts, settings, *parts = SOURCE[name]
+            minip2p.generate(toy, prompts, **({"source": toy_source} | settings))
     sentence = str(caught.value)
     assert sentence.endswith(".") and "\n" not in sentence and not rows
-    for part in says:
+    for part in parts:
         assert part in sentence
 
 
@@ -463,12 +422,9 @@ def changed(model: minip2p.StableDiffusion, part: str, name: str) -> minip2p.Sta
 
 OTHERS = {
     "LoRA in the UNet": lambda m: changed(m, "unet", "attn1.to_q.weight"),
-    "LoRA in cross-attention": lambda m: changed(m, "unet", "attn2.to_k.weight"),
     "LoRA in the text encoder": lambda m: changed(m, "text_encoder", "v_proj.weight"),
-    "another VAE": lambda m: changed(m, "vae", "decoder.conv_out.weight"),
     "beta_end": lambda m: replace(m, schedule=m.schedule | {"beta_end": 0.013}),
     "spacing": lambda m: replace(m, schedule=m.schedule | {"timestep_spacing": "linspace"}),
-    "last level": lambda m: replace(m, schedule=m.schedule | {"set_alpha_to_one": True}),
     "half precision": lambda m: replace(m, unet=deepcopy(m.unet).half()),
 }
 
@@ -492,35 +448,17 @@ def test_a_prepared_model_keeps_its_identity(toy, toy_source):
         replace(unknown).identity()
 
 
-@pytest.mark.parametrize(
-    "content, says",
-    {
-        "missing": (None, "There is no file"),
-        "empty": (b"", "is damaged or no safetensors file"),
-        "text": (b"a photo of a bird", "is damaged or no safetensors file"),
-        "picture": (b"\x89PNG\r\n\x1a\n" + bytes(99), "is damaged or no safetensors file"),
-        "weights": ({"w": torch.zeros(3)}, "is no minip2p inversion"),
-        "short": ("short", "is damaged or no safetensors file"),
-        "folder": ("folder", "There is no file"),
-    }.values(),
-)
-def test_files_that_are_none(toy_source, content, says, tmp_path):
+def test_files_that_are_none(toy_source, tmp_path):
+    """The same as of attention maps: see test_store.py."""
     file = tmp_path / "a.safetensors"
-    if isinstance(content, dict):
-        save_file(content, file)
-    elif content == "short":
-        toy_source.save(file)
-        file.write_bytes(file.read_bytes()[:-100])
-    elif content == "folder":
-        file.mkdir()
-    elif content is not None:
-        file.write_bytes(content)
-    with pytest.raises(UserError, match=says) as caught:
-        Inversion.load(file)
-    assert str(file) in str(caught.value) and "\n" not in str(caught.value)
-
-
-def test_where_no_file_can_be(toy_source):
+    for tensors, message in (
+        (None, "There is no file"),
+        ({"w": torch.zeros(3)}, "is no minip2p inv"),
+    ):
+        if tensors:
+            save_file(tensors, file)
+        with pytest.raises(UserError, match=message):
+            Inversion.load(file)
     with pytest.raises(UserError, match="can't be written"):
         toy_source.save(Path(__file__) / "a.safetensors")
 
@@ -541,7 +479,7 @@ def test_a_model_that_overflows(toy, bird, monkeypatch):
 # ---- Defaults of torch ---------------------------------------------------------------------------
 
 
-def test_the_callers_defaults_of_torch_change_nothing(model, bird):
+def test_the_callers_defaults_of_torch_change_nothing(toy, toy_folder, bird):
     """Another default dtype or device is for the caller's own tensors."""
 
     def numbers(model: minip2p.StableDiffusion) -> list[Tensor]:
@@ -563,14 +501,14 @@ def test_the_callers_defaults_of_torch_change_nothing(model, bird):
             torch.tensor(measured, dtype=torch.float64, device="cpu"),
         ]
 
-    expected = numbers(model)
+    expected = numbers(toy)
     try:
-        for dtype in (torch.float64, torch.float16, torch.bfloat16):
+        for dtype in (torch.float64, torch.float16):
             torch.set_default_dtype(dtype)
-            assert all(map(torch.equal, numbers(model), expected)), dtype
+            assert all(map(torch.equal, numbers(toy), expected)), dtype
         torch.set_default_dtype(torch.float32)
         torch.set_default_device("meta")
-        assert all(map(torch.equal, numbers(minip2p.load(device="cpu")), expected))
+        assert all(map(torch.equal, numbers(minip2p.load(toy_folder, device="cpu")), expected))
     finally:
         torch.set_default_dtype(torch.float32)
         torch.set_default_device(None)

@@ -39,11 +39,12 @@ B8   some layers were not reached                           test_hooks.test_a_ho
 B9   a guidance of 1 cut the prompts in halves              test_prompt_to_prompt.test_the_reference_ends_at_the_same_latents
 B9   unconditional rows were edited                         test_hooks.test_a_hook_sees_each_layer_once_a_call_and_every_prompt_s_row
 B10  stored maps were views that the edit changed           test_prompt_to_prompt.test_no_later_edit_reaches_a_stored_map
-B10  maps before and after the edit were mixed up           test_prompt_to_prompt.test_before_the_edit_and_after
+B10  maps before and after the edit were mixed up           test_prompt_to_prompt.test_stored_maps_are_the_reference_s
 B11  blends read 16 x 16 maps at every size                 test_prompt_to_prompt.test_the_reference_ends_at_the_same_latents
 B13  only one word could be weighted                        test_align.test_token_weights
 B14  weights did not act outside of the windows             test_prompt_to_prompt.test_the_comparison_sees
 B15  padding of a shorter prompt took over words            test_align.test_refinement
+B16  prompts of more than 77 tokens were an IndexError      test_align.test_both_are_too_long
 B18  releases of the patched library broke it               test_package.test_imports
 B20  the source's maps came from the edited picture         test_prompt_to_prompt.test_the_reference_ends_at_the_same_latents
 B21  the source's picture changed beside an edit            test_prompt_to_prompt.test_the_source_is_as_if_generated_alone
@@ -78,7 +79,7 @@ def test_every_bug_has_a_test():
 
 
 def test_b05_the_callers_dict_is_not_changed(clip_tokenizer):
-    """It got a key "default_", and words of the source were ignored."""
+    """The dict got a key "default_", and words of the source were ignored."""
     prompts = [tokenize(clip_tokenizer, text) for text in (SQUIRREL, LION)]
     windows, weights = {"squirrel": 0.4}, {"squirrel": 2.0}
     of_source = token_windows(windows, *prompts, replacement(*prompts))
@@ -107,15 +108,6 @@ def test_b09_all_prompts_start_from_the_same_noise(model):
     assert difference(same[2], same[0]) < 1e-5
 
 
-def test_b09_unknown_settings_are_errors(model):
-    """The documented cross_replace_steps was not read, for the code wanted n_cross_replace."""
-    for wrong in ({"cross_replace_steps": 0.9}, {"n_cross_replace": 0.9}):
-        with pytest.raises(TypeError, match="unexpected keyword"):
-            generate(model, edit=SWAP, **wrong)
-    with pytest.raises(TypeError, match="unexpected keyword"):
-        WordSwap(n_cross_replace=0.9)
-
-
 def test_b10_only_what_was_asked_for_is_kept(model):
     """Twice the memory was held, nine tenths of it self-attention that nobody looked at."""
     store = generate(model, store=AttentionStore(max_pixels=64), num_inference_steps=1).attention
@@ -128,24 +120,6 @@ def test_b10_only_what_was_asked_for_is_kept(model):
     for layer, kept in store.maps.items():
         assert [tuple(t.shape) for t in kept] == [(2, layer.height * layer.width, 2)]
         assert all(t.untyped_storage().nbytes() == t.nbytes for t in kept)  # no view of more
-
-
-@pytest.mark.parametrize(
-    "size, coarse",
-    [
-        ((16, 16), (16, 16)),
-        ((16, 24), (16, 24)),
-        ((32, 16), (32, 16)),
-        ((24, 24), (24, 24)),
-        ((32, 32), (16, 16)),
-        ((25, 18), (25, 18)),
-        ((64, 64), (16, 16)),
-        ((96, 96), (24, 24)),
-    ],
-)
-def test_b11_the_coarse_size_follows_the_picture_s(model, size, coarse):
-    """Maps were read as 16 x 16 whatever the picture's size: garbage, and no error."""
-    assert model.unet.coarse_size(*size) == coarse
 
 
 def test_b12_runs_do_not_disturb_each_other(model, plain):
@@ -164,33 +138,17 @@ def test_b12_runs_do_not_disturb_each_other(model, plain):
     assert difference(b, plain) < 1e-5
 
 
-def test_b16_prompts_of_more_than_77_tokens(toy):
-    """The prompt was counted uncut: an IndexError."""
-    tail = " and a cat" * 25
-    with pytest.warns(UserWarning, match="will not see"):
-        result = generate(toy, [SQUIRREL + tail, LION + tail], edit=WordSwap({"lion": 0.5}))
-    assert result.latents.isfinite().all()
-    long = " ".join(["cat"] * 75)
-    prompts = [f"{long} eating burger", f"{long} eating pizza"]
-    with (
-        pytest.warns(UserWarning, match="'eating (burger|pizza)'"),
-        pytest.raises(minip2p.UserError, match="'pizza' is beyond the 77 tokens"),
-    ):
-        generate(toy, prompts, edit=WordSwap({"pizza": 1}))
-
-
-def test_b17_half_precision(model):
+def test_b17_half_precision(toy):
     """Mappers in float32 met maps in float16: an error."""
-    half = copy.copy(model)
-    half.unet = copy.deepcopy(model.unet).bfloat16()
-    half.text_encoder = copy.deepcopy(model.text_encoder).bfloat16()
+    half = copy.copy(toy)
+    half.unet = copy.deepcopy(toy.unet).bfloat16()
+    half.text_encoder = copy.deepcopy(toy.text_encoder).bfloat16()
     windows = {"default_": 0.8, "lion": 0.5}
     edit = Reweight({"burger": 2}, WordSwap(windows, 0.4, LocalBlend("lion")))
     settings = {"edit": edit, "num_inference_steps": 2, "seed": 1}
     result = generate(half, **settings, store=AttentionStore(words=["lion"]))
     assert result.latents.dtype == torch.float32
-    # Only the blend's border may differ by much.
-    assert difference(result.latents, latents(model, **settings)) < 0.2
+    assert difference(result.latents, latents(toy, **settings)) < 0.05
     assert all(t.dtype == torch.float32 for kept in result.attention.maps.values() for t in kept)
 
     class Watch(minip2p.Hook):

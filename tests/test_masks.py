@@ -68,32 +68,23 @@ MASKS = {
     **{f"0 and 1 in numpy {kind}": WHERE.astype(kind) for kind in NUMPY},
     **{f"0 and 1 in {kind}": torch.from_numpy(WHERE).to(kind) for kind in TORCH},
     **{f"0 and 255 in numpy {k}": GREY.astype(k) for k in ("uint8", "int64", "uint16", "float32")},
-    "0 and 65535": WHERE.astype(np.uint16) * np.uint16(65535),
     "a list": WHERE.tolist(),
     "read-only": read_only(GREY),
-    "turned over twice": GREY[::-1].copy()[::-1],
     "columns first": np.asfortranarray(GREY),
-    "every second pixel of more": np.repeat(np.repeat(WHERE, 2, 0), 2, 1)[::2, ::2],
     "with a gradient": torch.from_numpy(WHERE).float().requires_grad_(),
     "a little over, as resizing leaves it": WHERE * 1.06 - 0.03,
-    "L of 0 and 1": Image.fromarray(WHERE.astype(np.uint8)),
     "L of 0 and 255": Image.fromarray(GREY),
-    "1": Image.fromarray(WHERE),
-    "L of a file": as_png(Image.fromarray(GREY)),
     "1 of a file": as_png(Image.fromarray(WHERE)),
     "RGB": Image.fromarray(np.repeat(GREY[..., None], 3, 2)),
     "CMYK": Image.fromarray(np.repeat(GREY[..., None], 3, 2)).convert("CMYK"),
     "palette, black and white": mode_p(WHERE, 0, 0, 0, 255, 255, 255),
-    "palette, white and black": mode_p(~WHERE, 255, 255, 255, 0, 0, 0),
     "palette of a file": as_png(mode_p(WHERE, 0, 0, 0, 255, 255, 255)),
     "palette with opacities": as_png(mode_p(WHERE, 9, 9, 9, 9, 9, 9), transparency=b"\0\xff"),
     "palette with one transparent": as_png(mode_p(WHERE, 0, 0, 0, 9, 9, 9), transparency=0),
     "16 bits": Image.fromarray(WHERE.astype(np.uint16) * np.uint16(65535)),
-    "32 bits": Image.fromarray(WHERE.astype(np.int32)),
     "F of 0 to 255": Image.fromarray(GREY.astype(np.float32)),
     "white, in the alpha": rgba(255, GREY),
     "black, in the alpha": rgba(0, GREY),
-    "an alpha of 0 and 1": rgba(0, GREY // 255),
     "a red brush on nothing": rgba(BRUSH, GREY),
     "opaque": rgba(GREY[..., None], 255),
     "transparent, but coloured": rgba(GREY[..., None], 0),
@@ -110,16 +101,12 @@ def test_every_form_of_a_mask_selects_the_same(name):
     ("name", "mask", "numbers"),
     [
         ("zeros in uint8", np.zeros((64, 64), np.uint8), "from 0 to 0"),
-        ("zeros in float", torch.zeros(64, 64), "from 0 to 0"),
         ("a black picture", Image.new("RGB", (64, 64)), "from 0 to 0"),
         ("labels", WHERE.astype(np.uint8) * 3, "from 0 to 3"),
         ("dark grey", Image.fromarray(GREY // 4), "from 0 to 63"),
-        ("dark colours of a palette", mode_p(WHERE, 0, 0, 0, 128, 0, 0), "from 0 to 38"),
         ("below a half", WHERE * 0.5, "from 0 to 0.5"),
         ("below nothing", -WHERE.astype(int), "from -1 to 0"),
         ("nan", np.full((64, 64), np.nan), "from nan to nan"),
-        ("nan in a tensor", torch.full((64, 64), torch.nan), "from nan to nan"),
-        ("infinite", np.where(WHERE, np.inf, 0), "from 0 to inf"),
         ("of no scale", WHERE * 1e6, r"from 0 to 1e\+06"),
         ("too small to fill a latent pixel", np.eye(512), "from 0 to 1, .* 0.5 .* 8 x 8 pixels"),
     ],
@@ -147,7 +134,7 @@ def test_what_is_no_mask(mask, sentence):
 
 @pytest.mark.parametrize("mask", [Image.fromarray(GREY), GREY[..., None] / 255.0])
 def test_a_mask_is_what_diffusers_takes_it_for(mask):
-    """Its inpainting pipelines' processor, at the picture's size, for masks that fill blocks."""
+    """Compare with the processor of its inpainting pipelines, for masks that fill blocks."""
     if isinstance(mask, Image.Image):
         mask = big = mask.resize((512, 512), Image.Resampling.NEAREST)
     else:
@@ -166,7 +153,7 @@ def test_a_mask_is_what_diffusers_takes_it_for(mask):
 SQUIRREL = "a painting of a squirrel"
 RED = "a painting of a red squirrel"
 CROSS = Layer("up_blocks.1.attentions.0.transformer_blocks.0.attn2", "up", True, 16, 16)
-WEIGHTS = [0, -1, 1, 3]
+WEIGHTS = [0, -1, 3]
 
 
 def bound(tokenizer, edit, *texts: str):
@@ -175,7 +162,7 @@ def bound(tokenizer, edit, *texts: str):
 
 
 def generate(model, edit, prompts=(SQUIRREL, RED), **settings) -> minip2p.Result:
-    settings = {"num_inference_steps": 4, "scheduler": "ddim", **settings}
+    settings = {"num_inference_steps": 4, "scheduler": "ddim", "decode": False, **settings}
     return minip2p.generate(model, list(prompts), edit=edit, **settings)
 
 
@@ -203,16 +190,13 @@ def test_a_blend_reads_maps_before_weights(clip_tokenizer, w, everywhere, fused)
     assert read[1].min() > 0
 
 
-@pytest.mark.parametrize("everywhere", [True, False])
 @pytest.mark.parametrize("w", WEIGHTS)
 @pytest.mark.parametrize("subtract", [(), "painting"])
-def test_a_weight_of_the_blends_word_leaves_the_edit_there(model, w, everywhere, subtract):
+def test_a_weight_of_the_blends_word_leaves_the_edit_there(model, w, subtract):
     refine = Refine(0.8, 0.4, LocalBlend("red", 0.6, subtract=subtract))
-    latents = generate(model, Reweight({"red": w}, refine, everywhere)).latents
+    latents = generate(model, Reweight({"red": w}, refine)).latents
     edited = (latents[0] != latents[1]).any(dim=0).float().mean()
     assert 0.02 < edited < 0.98
-    if w == 1:
-        assert torch.equal(latents, generate(model, refine).latents)
 
 
 @pytest.mark.parametrize("w", WEIGHTS)
@@ -272,22 +256,22 @@ def test_the_warning_names_the_edits_whose_mask_is_empty(model, edit, prompts, n
 
 
 def test_the_mask_is_asked_at_the_last_call_alone(clip_tokenizer):
-    """On a GPU each question waits for all that has been computed."""
+    """On a GPU each question waits until all is computed."""
 
     class Questions(TorchDispatchMode):
-        asked = 0
+        count = 0
 
         def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-            self.asked += func is torch.ops.aten._local_scalar_dense.default
+            self.count += func is torch.ops.aten._local_scalar_dense.default
             return func(*args, **(kwargs or {}))
 
     edit = bound(clip_tokenizer, Refine(0.5, 0.4, LocalBlend("red")), SQUIRREL, RED)
     probs = torch.rand(2, 2, 256, 77, generator=torch.Generator().manual_seed(0))
-    asked = []
+    counts = []
     for call in range(5):
         hook = edit.at(call, 5, 0)
         hook(probs.clone(), CROSS)
         with Questions() as questions:
             hook.after_step(torch.zeros(2, 4, 64, 64))
-        asked.append(questions.asked)
-    assert asked == [0, 0, 0, 0, 1]
+        counts.append(questions.count)
+    assert counts == [0, 0, 0, 0, 1]

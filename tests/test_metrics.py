@@ -40,10 +40,11 @@ def test_iou():
     assert math.isnan(metrics.iou(a & ~a, b & ~b))
 
 
-def test_frechet_of_shifted_and_scaled_features():
-    a = torch.randn(5000, 3, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+def test_the_frechet_distance_of_known_distributions():
+    """For means m and covariances C and D that commute it is |m|² + |C^½ - D^½|² (Frobenius)."""
+    signs = torch.tensor([[1.0, 1], [1, -1], [-1, 1], [-1, -1]]) * (3 / 4) ** 0.5  # covariance I
+    turn = torch.tensor([[0.8, -0.6], [0.6, 0.8]])
+    a, b = signs * torch.tensor([1.0, 3]) @ turn, signs * torch.tensor([2.0, 5]) @ turn + 1
     assert metrics.frechet(a, a) == pytest.approx(0, abs=1e-6)
-    assert metrics.frechet(a, a + 2) == pytest.approx(12, rel=1e-6)
-    scaled = sum((a[:, i].std() * 2 - a[:, i].std()) ** 2 for i in range(3))  # nearly independent
-    shift = (a.mean(dim=0) * 2 - a.mean(dim=0)).square().sum()
-    assert metrics.frechet(a, 2 * a) == pytest.approx(float(scaled + shift), rel=0.05)
+    assert metrics.frechet(a, b) == pytest.approx(2 + 1 + 4, rel=1e-6)
+    assert metrics.frechet(a, b) == pytest.approx(metrics.frechet(b, a), rel=1e-6)

@@ -24,7 +24,7 @@ THEIR_WORDS = "a, photo, of, squirrel, eating, burger, lion"
 
 
 @dataclass
-class Run:
+class Setup:
     """A model and stores of runs with it, for calls that are mistakes."""
 
     model: minip2p.StableDiffusion
@@ -33,69 +33,61 @@ class Run:
 
 
 @pytest.fixture(scope="module")
-def given(toy) -> Run:
+def setup(toy) -> Setup:
     stored = minip2p.generate(toy, [SQUIRREL, LION], num_inference_steps=1, store=True)
     store = AttentionStore(words=["lion"], max_pixels=64, places=["down", "up"], by_call=True)
     settings = {"num_inference_steps": 2, "scheduler": "ddim", "store": store}
     lion = minip2p.generate(toy, [SQUIRREL, LION], **settings).attention
-    return Run(toy, stored, lion)
+    return Setup(toy, stored, lion)
 
 
 TABLE = []
 
 
-def mistake(name: str, call: Callable[[Run], object], *says: str) -> None:
+def mistake(name: str, call: Callable[[Setup], object], *says: str) -> None:
     """One row: what somebody does, and what the sentence has to say."""
     TABLE.append(pytest.param(call, says, id=name))
 
 
 def generate(name: str, says: list[str], *prompts: Any, **settings: Any) -> None:
     prompts = prompts or (SQUIRREL, LION)
-    mistake(name, lambda given: minip2p.generate(given.model, list(prompts), **settings), *says)
+    mistake(name, lambda setup: minip2p.generate(setup.model, list(prompts), **settings), *says)
 
 
 def edit(name: str, edit: Any, *says: str, prompts: Sequence[str] = (SQUIRREL, LION)) -> None:
     """edit: as `generate` takes it, or a function that makes it."""
 
-    def call(given: Run) -> object:
-        made = edit() if isinstance(edit, FunctionType) else edit
-        return minip2p.generate(given.model, prompts, edit=made)
+    def call(setup: Setup) -> object:
+        value = edit() if isinstance(edit, FunctionType) else edit
+        return minip2p.generate(setup.model, prompts, edit=value)
 
     mistake(name, call, *says)
 
 
 def explain(name: str, says: list[str], prompts: Any, *args: Any, **settings: Any) -> None:
-    mistake(name, lambda given: minip2p.explain(given.model, prompts, *args, **settings), *says)
+    mistake(name, lambda setup: minip2p.explain(setup.model, prompts, *args, **settings), *says)
 
 
 # --- words ---------------------------------------------------------------------------------------
 
 edit("window of an unknown word", WordSwap({"tiger": 0.4}), "'tiger'", THEIR_WORDS)
-edit("window of half a word", WordSwap({"squirr": 0.4}), "'squirr'", THEIR_WORDS)
-edit("window of an empty word", WordSwap({"": 0.4}), "''", THEIR_WORDS)
 edit("window of the fourth of three", WordSwap({"a#4": 0.4}), "'a#4'", THEIR_WORDS)
 edit("window of no word", WordSwap({5: 0.4}), "5", "string")
 edit("weight of an unknown word", Reweight({"tiger": 2.0}), "'tiger'", THEIR_WORDS)
-edit("weight of no word", Reweight({None: 2.0}), "None", "string")
 edit("weight of default_", Reweight({"default_": 2.0}), "'default_'", THEIR_WORDS)
 edit("blend of an unknown word", lambda: WordSwap(local_blend=LocalBlend("tiger")), "'tiger'",
-     THEIR_WORDS)  # fmt: skip
-edit("blend that subtracts an unknown word",
-     lambda: WordSwap(local_blend=LocalBlend("lion", subtract=["burger", "tiger"])), "'tiger'",
      THEIR_WORDS)  # fmt: skip
 generate(
     "store of an unknown word", ["'tiger'", THEIR_WORDS], store=AttentionStore(words=["tiger"])
 )
 edit("window of a word that was removed", Refine({"squirrel": 0.4}), "'squirrel'",
      "source", "'a burger'", prompts=(SQUIRREL, "a burger"))  # fmt: skip
-edit("weight of a word that was removed", Reweight({"squirrel": 2.0}, Refine()), "'squirrel'",
-     "source", "'a burger'", prompts=(SQUIRREL, "a burger"))  # fmt: skip
-for what, one in {
+for kind, changed in {
     "window": WordSwap({"pizza": 0.4}),
     "weight": Reweight({"pizza": 2.0}),
     "blend": WordSwap(local_blend=LocalBlend("pizza")),
 }.items():
-    edit(f"{what} of a word that was cut off", one, "'pizza' is beyond", "77", "shorten",
+    edit(f"{kind} of a word that was cut off", changed, "'pizza' is beyond", "77", "shorten",
          prompts=(LONG + "burger", LONG + "pizza"))  # fmt: skip
 generate("store of a word that was cut off", ["'pizza' is beyond", "77"], LONG + "pizza",
          store=AttentionStore(words=["pizza"]))  # fmt: skip
@@ -103,17 +95,12 @@ edit("unequal numbers of words", WordSwap(), "'a cat' has 2", "'a big black cat'
      prompts=("a cat", "a big black cat"))  # fmt: skip
 edit("two windows for a token", WordSwap({"lion": 0.2, "squirrel": 0.3}), "'lion'", "'squirrel'",
      "0.2", "0.3", "once")  # fmt: skip
-edit("two windows for a phrase and its word", WordSwap({"a lion": 0.2, "lion": (0.1, 0.2)}),
-     "'a lion'", "'lion'", "once")  # fmt: skip
 edit("two weights for a token", Reweight({"LION": 2, "lion": 3}), "'LION'", "'lion'", "2", "3",
      "once")  # fmt: skip
 
 # --- windows and weights -------------------------------------------------------------------------
 
-for wrong in (
-    *(1.5, -0.1, 40, math.nan, math.inf, True, "0.8", "01", None, (0.8, 0.1), (0.1, 1.1)),
-    *((0.1,), (0, 0.5, 1), (False, 1), ("0", "1"), {"lion": 0.4}),
-):
+for wrong in (1.5, math.nan, True, "0.8", None, (0.8, 0.1), (0.1,), (False, 1), {"lion": 0.4}):
     says = ["from 0 to 1", "(start, end)", str(wrong)]
     name = f"{wrong!r:.20}"
     edit(f"word's window {name}", WordSwap({"lion": wrong}), *says)
@@ -123,25 +110,19 @@ for wrong in (
         if not isinstance(wrong, dict):
             edit(f"cross window {name}", Refine(wrong), *says)
 
-for wrong in ("2", True, None, math.nan, math.inf, -math.inf, (1, 2), [2.0]):
+for wrong in ("2", True, None, math.nan, math.inf, (1, 2)):
     edit(f"weight {wrong!r}", lambda wrong=wrong: Reweight({"lion": wrong}), "'lion'", "number",
          repr(wrong))  # fmt: skip
 edit("no weights", lambda: Reweight({}), '{"word": 2.0}', "{}")
 edit("weights that are no dict", lambda: Reweight([("lion", 2)]), '{"word": 2.0}', "('lion', 2)")
 edit("weights on top of a blend", lambda: Reweight({"lion": 2}, LocalBlend("lion")), "WordSwap",
      "Refine", "LocalBlend")  # fmt: skip
-edit("weights on top of nothing", lambda: Reweight({"lion": 2}, None), "WordSwap", "Refine", "None")
-edit("weights on top of weights", lambda: Reweight({"lion": 2}, Reweight({"lion": 2})), "WordSwap",
-     "Refine", "Reweight")  # fmt: skip
 
 # --- blends --------------------------------------------------------------------------------------
 
 edit("empty blend", lambda: LocalBlend(), "word", "mask")
-edit("blend of no words", lambda: LocalBlend([]), "word", "mask")
 edit("blend of an empty word", lambda: WordSwap(local_blend=LocalBlend("")), "''", THEIR_WORDS)
-edit("blend of a number", lambda: LocalBlend(5), "words", "5")
 edit("blend of numbers", lambda: LocalBlend(["lion", 5]), "words", "5")
-edit("blend of None", lambda: LocalBlend(None), "words", "None")
 edit("blend of words and a mask", lambda: LocalBlend("lion", mask=torch.ones(16, 16)), "word",
      "mask", "not both")  # fmt: skip
 edit("mask that words are subtracted from",
@@ -169,39 +150,24 @@ edit("blend that is a word", lambda: WordSwap(local_blend="lion"), "LocalBlend",
 KINDS = '"auto"', "WordSwap", "Refine", "Reweight", "list"
 edit("edit of another name", "swap", *KINDS, "'swap'")
 edit("edit that is a class", WordSwap, *KINDS, "class WordSwap")
-edit("edit that is a blend", LocalBlend("lion"), *KINDS, "LocalBlend")
 edit("edit that is a dict", {"lion": 0.4}, *KINDS, "{'lion': 0.4}")
-edit("edit that is True", True, *KINDS, "True")
 edit("edit that is a function", lambda: lambda probs, layer: probs, *KINDS, "function")
-edit("edit that is any object", object(), *KINDS, "object")
-edit("too many edits", [WordSwap(), WordSwap()], "1", "2")
 edit("too few edits", [WordSwap()], "2", "1", prompts=(SQUIRREL, LION, LION))
 edit("list of the wrong edits", [LocalBlend("lion")], *KINDS[1:4], "None", "LocalBlend")
 edit("hook in place of an edit", minip2p.Hook(), "hooks=[...]")
-edit("hook in a list of edits", [minip2p.Hook()], "hooks=[...]")
 edit("edit without an edited prompt", WordSwap(), "edited prompt", prompts=(SQUIRREL,))
-edit("no edits without an edited prompt", [], "edited prompt", prompts=(SQUIRREL,))
 
 # --- generate ------------------------------------------------------------------------------------
 
-mistake("no prompts", lambda given: minip2p.generate(given.model, []), "prompt", "[]")
-for wrong in (None, 5, {"cat": 1}, {"cat"}):
-    mistake(f"prompts {wrong!r}", lambda given, wrong=wrong: minip2p.generate(given.model, wrong),
-              "prompt", repr(wrong))  # fmt: skip
-for wrong, name in (
-    (np.array([]), "ndarray"),
-    (np.array([5]), "5"),
-    (iter(["cat"]), "list_iterator"),
-):
-    mistake(f"prompts in {name}", lambda given, wrong=wrong: minip2p.generate(given.model, wrong),
+mistake("no prompts", lambda setup: minip2p.generate(setup.model, []), "prompt", "[]")
+for wrong, name in ((None, "None"), ({"cat": 1}, "cat"), (np.array([5]), "5"), (iter("a"), "iter")):
+    mistake(f"prompts in {name}", lambda setup, wrong=wrong: minip2p.generate(setup.model, wrong),
               "prompt", name)  # fmt: skip
 generate("prompt that is no string", ["prompt", "5"], SQUIRREL, 5)
-generate("prompt that is bytes", ["prompt", "b'cat'"], b"cat")
 for wrong in (5, ["a", "b"]):
     generate(f"negative prompt {wrong!r}", ["negative prompt", "string"], negative_prompt=wrong)
 for wrong in (0, -1, 1000, 1.5, True, "50"):
     generate(f"steps {wrong!r}", ["steps", repr(wrong)], num_inference_steps=wrong)
-generate("steps say how many", ["1 to 999"], num_inference_steps=1000)
 for wrong in (-1, 2**63, 1.0, True, "1", None):
     generate(f"seed {wrong!r}", ["seed", "0 to 9223372036854775807", repr(wrong)], seed=wrong)
 for wrong in ([1, 2], (1, 2), range(3), np.arange(3), torch.arange(3)):
@@ -223,17 +189,12 @@ for shape in ((3, 4, 16, 16), (1, 3, 16, 16), (4, 16, 16), (16,), (1, 4, 0, 16),
 for wrong in (np.array(["a"]), np.array([{}]), [[0.0]], "noise", np.zeros((1, 4, 16, 16), complex)):
     generate(f"latents that are {wrong!r:.30}", ["latents", "tensor or an array of real numbers"],
              latents=wrong)  # fmt: skip
-generate("latents in an array of another shape", ["1 or 2, 4, height, width", "(4, 16, 16)"],
-         latents=np.zeros((4, 16, 16)))  # fmt: skip
 generate(
     "latents that are nan", ["latents", "finite"], latents=torch.full((1, 4, 16, 16), math.nan)
 )
 generate("latents and another height", ["height", "128", "64"], latents=torch.zeros(1, 4, 16, 16),
          height=64)  # fmt: skip
-generate("latents and another width", ["width", "128", "192"], latents=torch.zeros(1, 4, 16, 24),
-         width=128)  # fmt: skip
 generate("unknown scheduler", ["ddim", "pndm", "'euler'"], scheduler="euler")
-generate("scheduler that is a number", ["ddim", "pndm", "5"], scheduler=5)
 generate("scheduler that is a class", ["ddim", "pndm", "class DDIM"], scheduler=minip2p.DDIM)
 generate("scheduler of one's own and steps", ["scheduler", "steps"], scheduler=minip2p.DDIM(2),
          num_inference_steps=3)  # fmt: skip
@@ -246,25 +207,24 @@ generate("eta with PNDM", ["PNDM", "DDIM", "0.5"], eta=0.5, scheduler="pndm")
 
 for wrong in (1, "lion", ["lion"], AttentionStore):
     generate(f"store {wrong!r}", ["store", "True", "AttentionStore"], store=wrong)
-mistake("unknown place", lambda given: AttentionStore(places=["left"]), "'left'", "down, mid, up")
+mistake("unknown place", lambda setup: AttentionStore(places=["left"]), "'left'", "down, mid, up")
 
 
 def store(name: str, call: Callable[[AttentionStore], object], *says: str) -> None:
-    mistake(name, lambda given: call(given.result.attention), *says)
+    mistake(name, lambda setup: call(setup.result.attention), *says)
 
 
 def store_lion(name: str, call: Callable[[AttentionStore], object], *says: str) -> None:
-    mistake(name, lambda given: call(given.lion), *says)
+    mistake(name, lambda setup: call(setup.lion), *says)
 
 
 def pictures(name: str, draw: Callable, wrong: Any, *says: str) -> None:
     """draw: a function of minip2p.show. wrong: what it is asked for."""
-    mistake(name, lambda given: draw(given.result.images[0], given.result.attention, *wrong), *says)
+    mistake(name, lambda setup: draw(setup.result.images[0], setup.result.attention, *wrong), *says)
 
 
 store("map of a size that was not kept", lambda s: s.average(size=(64, 48)), "64x48",
       "down 16x16 cross", "up 8x8 cross")  # fmt: skip
-store("map of a size that is a number", lambda s: s.average(size=16), "pair", "16")
 store("map of a place that was not kept", lambda s: s.average(places=["left"]), "left",
       "down 16x16 cross")  # fmt: skip
 store("map of self-attention that was not kept", lambda s: s.average(is_cross=False),
@@ -273,13 +233,10 @@ store("map of one call, with all in one sum", lambda s: s.average(call=0), "call
       "by_call=True")  # fmt: skip
 store_lion("map of a call there was not", lambda s: s.average(size=(8, 8), call=2), "call 2",
            "0 to 1")  # fmt: skip
-store_lion("map of half a call", lambda s: s.average(size=(8, 8), call=0.5), "call 0.5", "0 to 1")
 store_lion("map above the largest size", lambda s: s.word("lion", 1), "16x16", "8x8")
 store_lion("map of a word that was not kept", lambda s: s.word("burger", 1, size=(8, 8)),
            "'burger'", "lion")  # fmt: skip
 store("map of an unknown word", lambda s: s.word("tiger"), "'tiger'", "squirrel, eating")
-store("map of the other prompt's word", lambda s: s.word("lion", 0), "'lion'",
-      repr(SQUIRREL))  # fmt: skip
 store("map of no word", lambda s: s.word(5), "string", "5")
 store("map of a word in self-attention", lambda s: s.word("lion", 1, is_cross=False),
       "cross")  # fmt: skip
@@ -289,21 +246,18 @@ for wrong in (2, "lion", 0.5):
 pictures("pictures of prompt 2", show.word_maps, [2], "2", "from 0")
 pictures("pictures of an unknown word", show.word_maps, [0, ["tiger"]], "'tiger'", "squirrel")
 pictures("pictures of calls in one sum", show.map_over_calls, ["lion", 1], "by_call=True")
-mistake("map of a store that saw no run", lambda given: AttentionStore().average(), "nothing")
+mistake("map of a store that saw no run", lambda setup: AttentionStore().average(), "nothing")
 
 # --- explain -------------------------------------------------------------------------------------
 
 
 explain("explain no prompts", ["prompt", "[]"], [])
 explain("explain one prompt", ["edited prompt"], [SQUIRREL])
-explain("explain a string", ["edited prompt"], SQUIRREL)
-explain("explain numbers", ["prompt", "5"], [5, 6])
 explain("explain no edit", ["There is no edit"], [SQUIRREL, LION], None)
 explain("explain a hook", ["hooks=[...]"], [SQUIRREL, LION], minip2p.Hook())
 explain(
     "explain an unknown word", ["'tiger'", THEIR_WORDS], [SQUIRREL, LION], WordSwap({"tiger": 1})
 )
-explain("explain no steps", ["1 to 999", "0"], [SQUIRREL, LION], num_inference_steps=0)
 
 
 def is_one_plain_sentence(message: str) -> bool:
@@ -319,13 +273,13 @@ def is_one_plain_sentence(message: str) -> bool:
 
 @pytest.mark.filterwarnings("ignore:A prompt has room:UserWarning")
 @pytest.mark.parametrize(("call", "says"), TABLE)
-def test_mistake(given, monkeypatch, call, says):
+def test_mistake(setup, monkeypatch, call, says):
     def too_late(*_, **__):
         raise AssertionError("The UNet ran before the mistake was found.")
 
     monkeypatch.setattr(UNet, "forward", too_late)
     with pytest.raises(minip2p.UserError) as error:
-        call(given)
+        call(setup)
     message = str(error.value)
     assert is_one_plain_sentence(message), message
     assert [fragment for fragment in says if fragment not in message] == [], message

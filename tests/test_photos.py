@@ -5,7 +5,6 @@ import pytest
 import torch
 from PIL import Image
 
-import minip2p
 from world import figures, photos
 from world.scenes import Drawn, Scene, draw
 
@@ -33,11 +32,11 @@ def test_what_changes_are_both_things_and_a_twentieth_of_the_width_around():
 
 def test_the_truth_differs_from_the_input_where_the_thing_is_and_hardly_elsewhere():
     scene = {"relation": "eating", "object": "cake", "style": "photo", "layout": 1_300_000}
-    given, true = draw(Scene("bird", **scene), 64), draw(Scene("lion", **scene), 64)
-    pair = photos.Pair(given, true, "bird", "lion")
+    photo, true = draw(Scene("bird", **scene), 64), draw(Scene("lion", **scene), 64)
+    pair = photos.Pair(photo, true, "bird", "lion")
     assert 0.03 < pair.changed.float().mean() < 0.6
-    inside = photos.psnr(given.image, true.image, pair.changed)
-    assert inside < 20 and photos.psnr(given.image, true.image, ~pair.changed) > inside + 15
+    inside = photos.psnr(photo.image, true.image, pair.changed)
+    assert inside < 20 and photos.psnr(photo.image, true.image, ~pair.changed) > inside + 15
 
 
 def test_no_scene_of_them_can_have_been_trained_on():
@@ -49,10 +48,9 @@ def test_no_scene_of_them_can_have_been_trained_on():
     assert first >= 1_100_000 and n >= 24 and all(end <= first for _, end in others)
 
 
-def test_work_is_counted_in_rows():
-    model = minip2p.load(device="cpu")
+def test_work_is_counted_in_rows(toy):
     facts = figures.Facts()
-    pixels = model.sample_size[0] * model.vae.f
+    pixels = toy.sample_size[0] * toy.vae.f
     drawn = [draw(Scene(noun, style="photo", layout=3), pixels) for noun in ("bird", "lion")]
     pair = photos.Pair(*drawn, "bird", "lion")
     words = "a photo of a bird", "a photo of a lion"
@@ -62,7 +60,7 @@ def test_work_is_counted_in_rows():
         (photos.Way("DDIM", 1, ["windows"], 2, photos.ddim(refinements=3)), 2 * (4 + 2)),
         (photos.Way("friendly", 3, ["windows"], 2, photos.friendly(3)), 2 * (2 + 3)),
     ):
-        results = photos.edited(model, way, pair, *words, facts)
+        results = photos.edited(toy, way, pair, *words, facts)
         ((name, edit),) = results.items()
         assert facts[name]["work"] == [work] and edit.size == pair.photo.image.size
     assert facts["direct, 2, 3, windows"]["row 0"] == [60]

@@ -19,7 +19,7 @@ SIZE = 64, 64
 
 @pytest.fixture(autouse=True)
 def no_warnings():
-    """No library's warning reaches a user, whatever the picture."""
+    """Let no library's warning reach a user, whatever the picture."""
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         yield
@@ -155,8 +155,8 @@ def test_nothing_but_pixels_is_kept(tmp_path):
     assert b"SECRET" in (tmp_path / "a.jpg").read_bytes()
     with Image.open(tmp_path / "a.jpg") as opened:
         assert opened.getexif().get_ifd(0x8825)
-        both = picture.read(tmp_path / "a.jpg", SIZE), picture.read(opened, SIZE)
-    for seen in both:
+        pair = picture.read(tmp_path / "a.jpg", SIZE), picture.read(opened, SIZE)
+    for seen in pair:
         for image in (seen.image, seen.whole, seen.put_back(seen.image)):
             assert not image.info and not image.getexif()
             for suffix in ("PNG", "JPEG", "WEBP"):
@@ -187,8 +187,7 @@ def test_large_pictures_and_odd_metadata_are_quiet(tmp_path):
 
 def profile(space: bytes, *tags: tuple[bytes, bytes]) -> bytes:
     """Build an ICC profile (ICC.1:2001-04) of an input colour space."""
-    connection = b"Lab " if space == b"CMYK" else b"XYZ "
-    head = struct.pack(">8xI4s4s4s24s28x", 0x02400000, b"prtr", space, connection, b"")
+    head = struct.pack(">8xI4s4s4s24s28x", 0x02400000, b"prtr", space, b"XYZ ", b"")
     head = head[:36] + b"acsp" + bytes(28) + struct.pack(">3i", 63190, 65536, 54061) + bytes(48)
     table, data = struct.pack(">I", len(tags)), b""
     for name, content in tags:
@@ -218,17 +217,6 @@ WHITE = (b"wtpt", xyz(0.9642, 1, 0.8249))
 LINEAR_GREY = profile(b"GRAY", WHITE, (b"kTRC", gamma(1)))
 
 
-def cmyk_profile() -> bytes:
-    """Ink takes its colour from the paper's: two points for each ink, Lab in 8 bits."""
-    steps = np.stack(np.meshgrid(*[[0, 1]] * 4, indexing="ij"), -1).reshape(-1, 4)  # c m y k
-    light = 255 * (1 - steps[:, 3]) * (1 - 0.25 * steps[:, :3].sum(axis=1))
-    lab = np.stack([light, 128 + 60 * steps[:, 1], 128 + 60 * steps[:, 2]], -1).astype(np.uint8)
-    ramp = bytes(range(256))
-    unit = struct.pack(">9i", 65536, 0, 0, 0, 65536, 0, 0, 0, 65536)
-    lut = b"mft1\0\0\0\0" + bytes([4, 3, 2, 0]) + unit + ramp * 4 + lab.tobytes() + ramp * 3
-    return profile(b"CMYK", WHITE, (b"A2B0", lut))
-
-
 def converted(image: Image.Image, icc: bytes) -> np.ndarray:
     """Convert by Pillow's ImageCms directly."""
     source = ImageCms.ImageCmsProfile(io.BytesIO(icc))
@@ -251,7 +239,7 @@ def test_colours_of_a_profile_become_srgb(suffix, tmp_path):
     assert not seen.put_back(seen.image).info
 
 
-def test_profiles_of_transparent_grey_and_printed_pictures():
+def test_profiles_of_transparent_and_grey_pictures():
     rgba = scene().convert("RGBA")
     rgba.putalpha(128)
     rgba.info["icc_profile"] = P3
@@ -263,16 +251,12 @@ def test_profiles_of_transparent_grey_and_printed_pictures():
         expected = converted(scene().convert("L"), LINEAR_GREY)
         assert (np.asarray(picture.whole_picture(grey)) == expected).all()
         assert expected.min() > 90 > 60 > scene().convert("L").getextrema()[0]
-    ink = scene().convert("CMYK")
-    ink.info["icc_profile"] = cmyk_profile()
-    assert (np.asarray(picture.whole_picture(ink)) == converted(ink, cmyk_profile())).all()
-    assert difference(picture.whole_picture(ink), scene()) > 20
 
 
 def test_profiles_that_change_nothing():
     """One of sRGB, one that is broken, and those of another kind of picture."""
     srgb = ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB")).tobytes()
-    profiles = srgb, b"", b"SECRET" * 99, P3[:150], P3[:-40], LINEAR_GREY, cmyk_profile()
+    profiles = srgb, b"", b"SECRET" * 99, P3[:150], P3[:-40], LINEAR_GREY
     for icc in profiles:
         image = scene()
         image.info["icc_profile"] = icc
@@ -361,8 +345,8 @@ def test_stretch():
     assert seen.image.getpixel((0, 0))[2] > 200 and seen.image.getpixel((63, 63))[0] > 210
 
 
-@pytest.mark.parametrize("size", [(64, 64), (48, 96), (96, 48)])
-@pytest.mark.parametrize("w, h", [(96, 64), (33, 97), (640, 480), (64, 64), (20, 30)])
+@pytest.mark.parametrize("size", [(64, 64), (48, 96)])
+@pytest.mark.parametrize("w, h", [(33, 97), (640, 480), (64, 64), (20, 30)])
 @pytest.mark.parametrize("fit", picture.FITS)
 def test_put_back(fit, w, h, size):
     """An edit changes only what was seen; without a change the picture is the same but smoothed."""
@@ -449,73 +433,48 @@ def short(kind: str) -> bytes:
 
 
 def bomb(w: int, h: int) -> bytes:
-    """Build a PNG of a few kilobytes that unpacks to w x h."""
-
-    def chunk(name: bytes, data: bytes) -> bytes:
-        return (
-            struct.pack(">I", len(data)) + name + data + struct.pack(">I", zlib.crc32(name + data))
-        )
-
-    packed = zlib.compressobj()
-    rows = b"".join(packed.compress(bytes(1 + w)) for _ in range(h)) + packed.flush()
-    head = struct.pack(">IIBBBBB", w, h, 8, 0, 0, 0, 0)
-    return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", head) + chunk(b"IDAT", rows) + chunk(b"IEND", b"")
+    """Build the beginning of a PNG of w x h pixels."""
+    head = b"IHDR" + struct.pack(">IIBBBBB", w, h, 8, 0, 0, 0, 0)
+    head += struct.pack(">I", zlib.crc32(head))
+    return b"\x89PNG\r\n\x1a\n" + struct.pack(">I", 13) + head + bytes(4) + b"IDAT"
 
 
 FRAMES = {"save_all": True, "append_images": [scene(300, 200).convert("L").convert("RGB")]}
 NO_PICTURE = "no picture that can be read"
 bad_file("empty.png", b"", "empty")
 bad_file("paper.pdf", b"%PDF-1.7\n1 0 obj\n", NO_PICTURE, "PNG")
-bad_file("words.jpg", b"a photo of a bird", NO_PICTURE)
 bad_file("drawing.svg", b"<svg xmlns='http://www.w3.org/2000/svg'/>", NO_PICTURE)
-bad_file("page.png", b"<!doctype html><title>404</title>", NO_PICTURE)
-bad_file("zeros.png", bytes(5000), NO_PICTURE)
 bad_file("program.eps", b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n", NO_PICTURE)
-bad_file("layers.psd", b"8BPS" + bytes(30), NO_PICTURE)
 bad_file("phone.heic", b"\0\0\0\x18ftypheic" + bytes(64), NO_PICTURE)
 bad_file("magic.png", b"\x89PNG\r\n\x1a\n", NO_PICTURE)
-bad_file("magic.jpg", b"\xff\xd8\xff\xe0", NO_PICTURE)
 bad_file("short.png", short("PNG"), "damaged")
 bad_file("short.jpg", short("JPEG"), "damaged")
 bad_file("short.webp", short("WEBP"), "can't be read")
 bad_file("short.gif", short("GIF"), "damaged")
-bad_file("short.bmp", short("BMP"), "damaged")
 bad_file("short.tiff", short("TIFF"), "damaged")
 bad_file("flipped.png", saved("PNG")[:60] + b"\xff" * 40 + saved("PNG")[100:], "damaged")
 bad_file("moving.gif", saved("GIF", **FRAMES), "2 frames")
-bad_file("moving.webp", saved("WEBP", **FRAMES), "2 frames")
-bad_file("moving.png", saved("PNG", **FRAMES), "2 frames")
 bad_file("pages.tiff", saved("TIFF", **FRAMES), "2 frames or pages")
 bad_file("bomb.png", bomb(20_000, 20_000), "179 million pixels")
 bad("missing", lambda folder: folder / "no.png", "no.png", "No such file")
 bad("folder", lambda folder: folder, "folder")
-bad("under a file", lambda folder: Path(__file__) / "a.png", "a.png")
 bad("long name", lambda folder: "a" * 5000, "can't be read")
 bad("empty name", "", "folder")
-bad("large image", lambda folder: Image.new("1", (20_000, 20_000)), "179 million")
 bad("no pixels", Image.new("RGB", (0, 5)), "0 x 5")
 bad("nothing", None, "not None")
-bad("number", 5, "not 5")
 bad("bytes", saved("PNG"), "bytes")
 bad("list", [[1, 2], [3, 4]], "not [[1, 2], [3, 4]]")
-bad("strings", np.array([["a", "b"]]), "real numbers")
 bad("complex", np.zeros((8, 8), complex), "real numbers")
-bad("objects", np.array([[None, 1]]), "real numbers")
 bad("nan", np.full((8, 8, 3), np.nan), "nan")
 bad("infinite", torch.full((3, 8, 8), torch.inf), "inf")
-bad("one nan", torch.tensor([[0.1, torch.nan]]), "nan")
 bad("minus one to one", torch.linspace(-1, 1, 192).view(3, 8, 8), "0 to 1", "-1 to 1")
 bad("floats to 255", np.linspace(0, 255, 64).reshape(8, 8), "0 to 1", "0 to 255")
 bad("too large numbers", np.full((8, 8), 300), "0 to 255", "300")
-bad("negative", np.full((8, 8), -3), "-3")
 bad("negative floats in a TIFF", Image.fromarray(np.full((8, 8), -3, "float32")), "-3")
 bad("large numbers in a TIFF", Image.fromarray(np.full((8, 8), 70_000, "int32")), "70000")
-bad("two channels", np.zeros((8, 8, 2)), "1, 3 or 4 channels", "8 x 8 x 2")
 bad("channels first", np.zeros((3, 8, 8)), "3 x 8 x 8")
 bad("channels last", torch.zeros(8, 8, 3), "8 x 8 x 3")
 bad("two pictures", torch.zeros(2, 3, 8, 8), "2 x 3 x 8 x 8")
-bad("a row", np.zeros(8), "not 8")
-bad("a scalar", np.float32(3), "not")
 bad("a number in an array", np.array(0.5), "a number")
 bad("no rows", np.zeros((0, 8, 3)), "0 x 8 x 3")
 

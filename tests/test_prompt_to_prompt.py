@@ -31,7 +31,7 @@ from minip2p.attention import Attention, Chain, PromptRows
 from minip2p.edit import bind
 from minip2p.text import encode, tokenize
 
-STEPS = 5
+STEPS, FEW = 5, 3  # against the reference, and where a run has to end
 REFERENCE = Path(__file__).parent / "data" / "reference.safetensors"
 
 # Words of two, three and four tokens of the bundled vocabulary.
@@ -53,14 +53,19 @@ def theirs() -> ref.Model:
 
 @dataclass
 class Case:
-    """One run, as minip2p is told of it and as the reference is."""
+    """One run: its prompts, and the edit of each, for minip2p and for the reference."""
 
     prompts: list[str]
     ours: Any
-    theirs: list[ref.Edit | None]
     settings: dict[str, Any] = field(default_factory=dict)  # of both
     only_ours: dict[str, Any] = field(default_factory=dict)
     coarse: tuple[int, int] = (16, 16)
+    theirs: list[ref.Edit | None] = field(default_factory=list)  # empty: translated from `ours`
+
+    def __post_init__(self) -> None:
+        edits = self.ours if isinstance(self.ours, list) else [self.ours] * len(self.prompts[1:])
+        pairs = zip(edits, self.prompts[1:], strict=True)
+        self.theirs = self.theirs or [translate(edit, self.prompts[0], row) for edit, row in pairs]
 
     def hash(self) -> str:
         """Return a hash of everything that the reference's latents depend on."""
@@ -81,49 +86,76 @@ def model_hash() -> str:
     return digest.hexdigest()
 
 
+def translate(edit: Any, source: str, target: str) -> ref.Edit | None:
+    """Write an edit down for the reference, which names the words of the edited prompt alone."""
+    if edit is None:
+        return None
+    weights, everywhere = {}, True
+    if isinstance(edit, Reweight):
+        weights, everywhere, edit = edit.weights, edit.everywhere, edit.edit
+    is_swap = isinstance(edit, WordSwap)
+    old, new = source.split(), target.split()
+    to_new = dict(zip(old, new, strict=True)) if is_swap else {}
+    to_old = dict(zip(new, old, strict=True)) if is_swap else {}
+
+    def pair(window: Any) -> tuple[float, float]:
+        start, end = window if isinstance(window, tuple) else (0, window)
+        return float(start), float(end)
+
+    def words(names: tuple[str, ...]) -> tuple[list[str], list[str]]:
+        """Return the words of the source and of the target that these names stand for."""
+        sources = [to_old.get(name, name) for name in names if name in to_old or name in old]
+        return sources, [to_new.get(name, name) for name in names]
+
+    windows = edit.cross_replace_steps
+    windows = dict(windows) if isinstance(windows, dict) else {"default_": windows}
+    cross = pair(windows.pop("default_", 1))
+    blend = edit.local_blend
+    if blend is not None:
+        mask = MASKS.get(id(blend.mask), blend.mask)
+        places = (*words(blend.words), *words(blend.subtract))
+        blend = ref.Blend(*places, threshold=blend.threshold, start=blend.start, mask=mask)
+    return ref.Edit(
+        ref.replace if is_swap else ref.refine,
+        cross,
+        pair(edit.self_replace_steps),
+        {to_new.get(word, word): pair(window) for word, window in windows.items()},
+        {word: float(weight) for word, weight in weights.items()},
+        blend,
+        everywhere,
+    )
+
+
 SWAP, REFINE = WordSwap(0.7, 0.4), Refine(0.7, 0.4)
-REPLACE = ref.Edit(ref.replace, (0, 0.7), (0, 0.4))  # the same in the reference's words
-REFINED = ref.Edit(ref.refine, (0, 0.7), (0, 0.4))
-WORDS_BLEND = ref.Blend(["squirrel"], ["lion"])
 
 A_MASK = torch.zeros(16, 16, dtype=torch.bool)
 A_MASK[3:11, 2:9] = True
 ODD_MASK = torch.zeros(15, 18, dtype=torch.bool)
 ODD_MASK[:, 5:12] = True
 ODD_MASK_IN_PIXELS = ODD_MASK.repeat_interleave(8, 0).repeat_interleave(8, 1).float().numpy()
+MASKS = {id(ODD_MASK_IN_PIXELS): ODD_MASK}  # the reference's masks have the latents' size
 
 TO_TWO = f"a photo of a squirrel eating a {TWO}"
+TO_THREE = f"a photo of a squirrel eating a {THREE}"
 LION_TO_TWO = f"a photo of a lion eating a {TWO}"
 LION_TO_THREE = f"a photo of a lion eating a {THREE}"
+TWO_AT_NIGHT = f"a painting of a dog riding a {TWO} at night"
 IN_THE_SNOW = " in the snow" * 24
 
 CASES = {
     # Word swap
-    "swap_1_to_1": Case([SQUIRREL, LION], SWAP, [REPLACE]),
-    "swap_1_to_2": Case([SQUIRREL, TO_TWO], SWAP, [REPLACE]),
-    "swap_1_to_3": Case([SQUIRREL, f"a photo of a {THREE} eating a burger"], SWAP, [REPLACE]),
-    "swap_2_to_1": Case(
-        [
-            f"a painting of a dog riding a {TWO} at night",
-            "a painting of a dog riding a car at night",
-        ],
-        SWAP,
-        [REPLACE],
-    ),
+    "swap_1_to_1": Case([SQUIRREL, LION], SWAP),
+    "swap_1_to_2": Case([SQUIRREL, TO_TWO], SWAP),
+    "swap_1_to_3": Case([SQUIRREL, f"a photo of a {THREE} eating a burger"], SWAP),
+    "swap_2_to_1": Case([TWO_AT_NIGHT, TWO_AT_NIGHT.replace(TWO, "car")], SWAP),
     "swap_3_to_4": Case(
-        [f"a {THREE} eating a cake in the snow", f"a {FOUR} eating a cake in the snow"],
-        SWAP,
-        [REPLACE],
+        [f"a {THREE} eating a cake in the snow", f"a {FOUR} eating a cake in the snow"], SWAP
     ),
     "swap_several_words_1_to_3_and_2_to_1": Case(
-        [f"a cat riding a {TWO} on the beach", f"a {THREE} riding a car on the beach"],
-        SWAP,
-        [REPLACE],
+        [f"a cat riding a {TWO} on the beach", f"a {THREE} riding a car on the beach"], SWAP
     ),
     "several_edits": Case(
-        [SQUIRREL, LION, TO_TWO, "a photo of a cat riding a car"],
-        WordSwap(0.8, 0.4),
-        [ref.Edit(ref.replace, (0, 0.8), (0, 0.4))] * 3,
+        [SQUIRREL, LION, TO_TWO, "a photo of a cat riding a car"], WordSwap(0.8, 0.4)
     ),
     "a_list_of_different_edits_one_of_them_none": Case(
         [SQUIRREL, LION, "a photo of a panda eating a cake", SNOW, SQUIRREL],
@@ -133,68 +165,32 @@ CASES = {
             Refine({"default_": 0.8, "snow": 0.3, "burger": 0.5}, (0.0, 0.5)),
             Reweight({"burger": -1.0}, WordSwap(0.4, 0.7)),
         ],
-        [
-            ref.Edit(ref.replace, (0.2, 0.7), (0, 0.2)),
-            None,
-            ref.Edit(ref.refine, (0, 0.8), (0, 0.5), {"burger": (0, 0.5)}),
-            ref.Edit(ref.replace, (0, 0.4), (0, 0.7), weights={"burger": -1.0}),
-        ],
     ),
     # Windows
-    "windows_with_start_and_end": Case(
-        [SQUIRREL, LION],
-        WordSwap((0.2, 0.7), (0.34, 0.67)),
-        [ref.Edit(ref.replace, (0.2, 0.7), (0.34, 0.67))],
-    ),
+    "windows_with_start_and_end": Case([SQUIRREL, LION], WordSwap((0.2, 0.7), (0.34, 0.67))),
     "windows_of_words": Case(
-        [SQUIRREL, LION_TO_TWO],
-        WordSwap({"default_": 0.7, "lion": 0.2, TWO: (0.5, 1.0)}, 0.4),
-        [replace(REPLACE, word_windows={"lion": (0.0, 0.2), TWO: (0.5, 1.0)})],
+        [SQUIRREL, LION_TO_TWO], WordSwap({"default_": 0.7, "lion": 0.2, TWO: (0.5, 1.0)}, 0.4)
     ),
-    "windows_of_the_source_s_words": Case(
-        [SQUIRREL, LION_TO_THREE],
-        WordSwap({"squirrel": 0.2, "burger": 0.4}, 0.4),  # without "default_": 1
-        [ref.Edit(ref.replace, (0, 1), (0, 0.4), {"lion": (0, 0.2), THREE: (0, 0.4)})],
+    "windows_of_the_source_s_words": Case(  # without "default_": 1
+        [SQUIRREL, LION_TO_THREE], WordSwap({"squirrel": 0.2, "burger": 0.4}, 0.4)
     ),
-    "windows_of_everything": Case(
-        [SQUIRREL, LION], WordSwap(1, 1), [ref.Edit(ref.replace, (0, 1), (0, 1))]
-    ),
-    # Refinement
-    "refine_adds_words": Case([SQUIRREL, SNOW], REFINE, [REFINED]),
+    "windows_of_everything": Case([SQUIRREL, LION], WordSwap(1, 1)),
+    # Refinement. An added word has its own attention, whatever its window.
+    "refine_adds_words": Case([SQUIRREL, SNOW], REFINE),
     "refine_adds_a_word_of_two_tokens_in_the_middle": Case(
         [SQUIRREL, f"a photo of a {TWO} squirrel eating a {TWO_TOO} burger"],
         Refine({"default_": 0.8, "squirrel": 0.3}, 0.4),
-        [ref.Edit(ref.refine, (0, 0.8), (0, 0.4), {"squirrel": (0, 0.3)})],
     ),
-    "refine_takes_words_away": Case([SNOW, SQUIRREL], REFINE, [REFINED]),
+    "refine_takes_words_away": Case([SNOW, SQUIRREL], REFINE),
     # Re-weighting
-    "reweight_louder": Case(
-        [SNOW, SNOW], Reweight({"snow": 4.0}, SWAP), [replace(REPLACE, weights={"snow": 4.0})]
-    ),
-    "reweight_negative": Case(
-        [SNOW, SNOW],
-        Reweight({"snow": -1.0}, WordSwap(1.0, 0.4)),
-        [ref.Edit(ref.replace, (0, 1), (0, 0.4), weights={"snow": -1.0})],
-    ),
-    "reweight_without_any_window": Case(
-        [SNOW, SNOW],
-        Reweight({"squirrel": 2.0}, WordSwap(0, 0)),
-        [ref.Edit(ref.replace, (0, 0), (0, 0), weights={"squirrel": 2.0})],
-    ),
+    "reweight_louder": Case([SNOW, SNOW], Reweight({"snow": 4.0}, SWAP)),
+    "reweight_negative": Case([SNOW, SNOW], Reweight({"snow": -1.0}, WordSwap(1.0, 0.4))),
+    "reweight_without_any_window": Case([SNOW, SNOW], Reweight({"squirrel": 2.0}, WordSwap(0, 0))),
     "reweight_several_words_on_a_swap": Case(
-        [SNOW, f"a photo of a squirrel eating a {THREE} in the snow"],
+        [SNOW, f"{TO_THREE} in the snow"],
         Reweight(
             {THREE: 3.0, "snow": -0.5, "photo": 0.0}, WordSwap({"default_": 0.8, THREE: 0.3}, 0.4)
         ),
-        [
-            ref.Edit(
-                ref.replace,
-                (0, 0.8),
-                (0, 0.4),
-                {THREE: (0, 0.3)},
-                {THREE: 3.0, "snow": -0.5, "photo": 0.0},
-            )
-        ],
     ),
     # As in the original notebook: an added word's weight acts in its window, too.
     "reweight_within_the_windows_of_a_refinement": Case(
@@ -204,50 +200,19 @@ CASES = {
             Refine({"default_": 0.7, "burger": 0.4}, 0.4),
             everywhere=False,
         ),
-        [
-            replace(
-                REFINED,
-                word_windows={"burger": (0.0, 0.4)},
-                weights={"snow": 3.0, "burger": -1.0},
-                everywhere=False,
-            )
-        ],
     ),
     "reweight_on_a_refinement": Case(
-        [SQUIRREL, SNOW],
-        Reweight({"snow": 3.0, "burger": 0.5}, Refine((0.2, 0.8), 0.4)),
-        [ref.Edit(ref.refine, (0.2, 0.8), (0, 0.4), weights={"snow": 3.0, "burger": 0.5})],
+        [SQUIRREL, SNOW], Reweight({"snow": 3.0, "burger": 0.5}, Refine((0.2, 0.8), 0.4))
     ),
     # Local blend
-    "blend": Case(
-        [SQUIRREL, LION],
-        WordSwap(0.7, 0.4, LocalBlend(("squirrel", "lion"))),
-        [replace(REPLACE, blend=WORDS_BLEND)],
-    ),
+    "blend": Case([SQUIRREL, LION], WordSwap(0.7, 0.4, LocalBlend("lion"))),
     "blend_of_a_word_of_three_tokens_named_by_its_counterpart": Case(
-        [SQUIRREL, f"a photo of a squirrel eating a {THREE}"],
+        [SQUIRREL, TO_THREE],
         WordSwap({"default_": 1.0, THREE: 0.3}, 0.2, LocalBlend("burger", threshold=0.4)),
-        [
-            ref.Edit(
-                ref.replace,
-                (0, 1),
-                (0, 0.2),
-                {THREE: (0, 0.3)},
-                blend=ref.Blend(["burger"], [THREE], threshold=0.4),
-            )
-        ],
     ),
     "blend_starts_late_and_subtracts": Case(
         [SQUIRREL, LION],
         WordSwap(0.7, 0.0, LocalBlend("lion", 0.25, start=0.5, subtract="burger")),
-        [
-            ref.Edit(
-                ref.replace,
-                (0, 0.7),
-                (0, 0),
-                blend=ref.Blend(["squirrel"], ["lion"], ["burger"], ["burger"], 0.25, 0.5),
-            )
-        ],
     ),
     "blend_of_two_edits_of_three_on_refine_and_reweight": Case(
         [SQUIRREL, SNOW, LION, "a photo of a lion eating a burger in the snow"],
@@ -256,11 +221,6 @@ CASES = {
             SWAP,
             Refine(0.7, 0.4, LocalBlend(["lion", "burger"], start=0.34)),
         ],
-        [
-            replace(REFINED, weights={"snow": 2.0}, blend=ref.Blend([], ["snow"], threshold=0.5)),
-            REPLACE,
-            replace(REFINED, blend=ref.Blend(["burger"], ["lion", "burger"], start=0.34)),
-        ],
     ),
     "blend_where_a_silenced_word_is": Case(
         [SQUIRREL, SNOW, SNOW],
@@ -268,61 +228,41 @@ CASES = {
             Reweight({"snow": 0.0}, Refine(0.7, 0.4, LocalBlend("snow", 0.5))),
             Reweight({"snow": -1.0}, Refine(0.7, 0.4, LocalBlend("burger", 0.5, subtract="snow"))),
         ],
-        [
-            replace(REFINED, weights={"snow": 0.0}, blend=ref.Blend([], ["snow"], threshold=0.5)),
-            replace(
-                REFINED,
-                weights={"snow": -1.0},
-                blend=ref.Blend(["burger"], ["burger"], [], ["snow"], threshold=0.5),
-            ),
-        ],
     ),
     "blend_with_a_mask": Case(
-        [SQUIRREL, LION],
-        WordSwap(0.7, 0.4, LocalBlend(mask=A_MASK, start=0.34)),
-        [replace(REPLACE, blend=ref.Blend(mask=A_MASK, start=0.34))],
+        [SQUIRREL, LION], WordSwap(0.7, 0.4, LocalBlend(mask=A_MASK, start=0.34))
     ),
     # Schedulers, guidance, prompts
-    "pndm": Case(
+    "pndm": Case(  # 6 calls for 5 steps
         [SQUIRREL, LION],
-        WordSwap({"default_": 0.8, "lion": 0.4}, (0.2, 0.7)),  # of 6 calls for 5 steps
-        [ref.Edit(ref.replace, (0, 0.8), (0.2, 0.7), {"lion": (0, 0.4)})],
+        WordSwap({"default_": 0.8, "lion": 0.4}, (0.2, 0.7)),
         {"scheduler": "pndm"},
     ),
     # The second call starts from x_T again, and so undoes what the blend did after the first.
     "pndm_blend": Case(
-        [SQUIRREL, LION],
-        WordSwap(0.8, 0.4, LocalBlend("lion")),
-        [ref.Edit(ref.replace, (0, 0.8), (0, 0.4), blend=WORDS_BLEND)],
-        {"scheduler": "pndm"},
+        [SQUIRREL, LION], WordSwap(0.8, 0.4, LocalBlend("lion")), {"scheduler": "pndm"}
     ),
     "guidance_1": Case(
-        [SQUIRREL, LION],
-        WordSwap(0.7, 0.4, LocalBlend("lion")),
-        [replace(REPLACE, blend=WORDS_BLEND)],
-        {"guidance_scale": 1},
+        [SQUIRREL, LION], WordSwap(0.7, 0.4, LocalBlend("lion")), {"guidance_scale": 1}
     ),
     "negative_prompt": Case(
         [SQUIRREL, SNOW],
         REFINE,
-        [REFINED],
         {"negative_prompt": "a painting of a car at night", "guidance_scale": 7.5},
     ),
     "a_prompt_that_fills_all_77_tokens": Case(  # 76 and 77 with begin and end
-        [f"a cake{IN_THE_SNOW}", f"a {TWO}{IN_THE_SNOW}"], SWAP, [REPLACE]
+        [f"a cake{IN_THE_SNOW}", f"a {TWO}{IN_THE_SNOW}"], SWAP
     ),
     # Sizes: the bundled UNet attends at the latents' size, 1/2, 1/4 and, in the middle, 1/8 of it
     "size_16x24": Case(  # one level is both the finest and the coarse one
         [SQUIRREL, TO_TWO],
         WordSwap(0.7, 0.4, LocalBlend("burger")),
-        [replace(REPLACE, blend=ref.Blend(["burger"], [TWO]))],
         {"latents": noise(16, 24)},
         coarse=(16, 24),
     ),
     "size_15x18_from_pixels": Case(  # odd at every level: 15x18, 8x9, 4x5, 2x3
         [SQUIRREL, SNOW],
         Refine(0.7, 0.4, LocalBlend(mask=ODD_MASK_IN_PIXELS)),
-        [replace(REFINED, blend=ref.Blend(mask=ODD_MASK))],
         {"latents": noise(15, 18)},
         {"latents": None, "height": 120, "width": 144, "seed": 8888},
         coarse=(15, 18),
@@ -330,15 +270,6 @@ CASES = {
     "size_31x33": Case(  # self-attention is replaced, and the blend looks, at 16x17
         [SQUIRREL, LION_TO_TWO],
         WordSwap({"default_": 0.8, "lion": 0.4}, 0.6, LocalBlend("lion", start=0.34)),
-        [
-            ref.Edit(
-                ref.replace,
-                (0, 0.8),
-                (0, 0.6),
-                {"lion": (0, 0.4)},
-                blend=replace(WORDS_BLEND, start=0.34),
-            )
-        ],
         {"latents": noise(31, 33), "num_inference_steps": 3},
         coarse=(16, 17),
     ),
@@ -542,18 +473,6 @@ def each_layer(unet: Any, x: Tensor, context: Tensor, edit: Any, written: Any) -
 
 
 @pytest.mark.parametrize("name", MIXES)
-def test_every_layer_fused_equals_written_out(model, name):
-    _, context, x, edit = halfway(model, (32, 32), MIXES[name])
-    errors = each_layer(model.unet, x, context, edit, WrittenOut(edit))
-    print(f"{name}: {max(errors.values()):.1e}")
-    assert max(errors.values()) < 1e-5
-
-    layers = {(place, is_cross, size) for _, place, is_cross, size in errors}
-    places = {("down", n) for n in (32, 16, 8)} | {("mid", 4)} | {("up", n) for n in (32, 16, 8)}
-    assert layers == {(place, cross, (n, n)) for place, n in places for cross in (True, False)}
-
-
-@pytest.mark.parametrize("name", MIXES)
 def test_every_layer_with_guidance_and_a_store_of_words(model, name):
     """The unconditional rows are left alone, and what a fused edit reads is the map."""
     prompts, context, x, edit = halfway(model, (16, 16), MIXES[name])
@@ -585,22 +504,28 @@ def float64(monkeypatch):
 
 
 @pytest.mark.parametrize("name", MIXES)
-def test_every_layer_fused_equals_written_out_to_the_last_digits_in_float64(model, float64, name):
+def test_every_layer_fused_equals_written_out(model, float64, name):
+    """To the last digits, at every layer: at 32 x 32 self-attention is edited at some of them."""
     in_float64 = copy.copy(model)
     in_float64.unet = copy.deepcopy(model.unet).double()
     in_float64.text_encoder = copy.deepcopy(model.text_encoder).double()
-    _, context, x, edit = halfway(in_float64, (16, 16), MIXES[name])
+    n = 32 if name == "some tokens" else 16
+    _, context, x, edit = halfway(in_float64, (n, n), MIXES[name])
     assert x.dtype == context.dtype == torch.float64
     errors = each_layer(in_float64.unet, x, context, edit, WrittenOut(edit))
     print(f"{name}: {max(errors.values()):.1e}")
     assert max(errors.values()) < 1e-12
+
+    layers = {(place, is_cross, size) for _, place, is_cross, size in errors}
+    places = {(place, n // k) for place in ("down", "up") for k in (1, 2, 4)} | {("mid", n // 8)}
+    assert layers == {(place, cross, (k, k)) for place, k in places for cross in (True, False)}
 
 
 # --- what it means -------------------------------------------------------------------------------
 
 
 def generate(model: minip2p.StableDiffusion, prompts: Any, edit: Any = None, **settings: Any):
-    settings = {"num_inference_steps": STEPS, "scheduler": "ddim", "decode": False} | settings
+    settings = {"num_inference_steps": FEW, "scheduler": "ddim", "decode": False} | settings
     return minip2p.generate(model, prompts, edit=edit, **settings)
 
 
@@ -617,19 +542,13 @@ EDITS: dict[str, tuple[str, Any]] = {  # an edited prompt, and an edit that chan
 }
 
 
-@pytest.fixture(scope="module", params=["ddim", "pndm"])
-def alone(model, request) -> tuple[str, Tensor]:
-    return request.param, generate(model, SQUIRREL, scheduler=request.param).latents[0]
-
-
 @pytest.mark.parametrize("name", EDITS)
-def test_the_source_is_as_if_generated_alone(model, name, alone):
+def test_the_source_is_as_if_generated_alone(model, plain, name):
     target, edit = EDITS[name]
-    scheduler, alone = alone
-    source, edited = generate(model, [SQUIRREL, target], edit, scheduler=scheduler).latents
-    print(f"{name}, {scheduler}: {difference(source, alone):.1e}")
-    assert difference(source, alone) < 1e-4
-    assert difference(edited, alone) > 1e-2
+    source, edited = generate(model, [SQUIRREL, target], edit).latents
+    print(f"{name}: {difference(source, plain.latents[0]):.1e}")
+    assert difference(source, plain.latents[0]) < 1e-4
+    assert difference(edited, plain.latents[0]) > 1e-2
 
 
 @pytest.mark.parametrize(
@@ -692,8 +611,7 @@ def test_a_blend_keeps_the_source_outside_of_its_mask(model):
 
 def test_edits_in_one_batch_are_as_if_alone(model):
     """Neither the other prompts nor their order matter to an edit."""
-    names = list(EDITS)
-    prompts, edits = zip(*(EDITS[name] for name in names), strict=True)
+    prompts, edits = zip(*(EDITS[name] for name in ("refine", "blend")), strict=True)
     together = generate(model, [SQUIRREL, *prompts], list(edits)).latents
     backwards = generate(model, [SQUIRREL, *prompts[::-1]], list(edits[::-1])).latents
     for row, (prompt, edit) in enumerate(zip(prompts, edits, strict=True), 1):
@@ -733,13 +651,6 @@ def test_a_store_changes_nothing(model, edit):
     assert difference(before, expected) < 1e-5
 
 
-def test_a_store_of_nothing_costs_nothing(model, plain):
-    store = minip2p.AttentionStore(cross=False)
-    assert torch.equal(generate(model, [SQUIRREL, LION], store=store).latents, plain.latents)
-    with pytest.raises(ValueError, match="only: nothing"):
-        store.average()
-
-
 @pytest.mark.parametrize("before_edit", [False, True])
 def test_rows_of_stored_maps_sum_to_1(model, before_edit):
     """Also of an edited map, if all tokens have one window: every row of the mapper sums to 1."""
@@ -754,33 +665,19 @@ def test_rows_of_stored_maps_sum_to_1(model, before_edit):
             torch.testing.assert_close(maps.sum(dim=-1), torch.ones(2, n, n), rtol=0, atol=1e-5)
 
 
-@pytest.mark.parametrize("scheduler", ["ddim", "pndm"])
-def test_stored_maps_are_the_reference_s(model, theirs, scheduler):
+def test_stored_maps_are_the_reference_s(model, theirs):
     case = Case(
-        [SQUIRREL, f"a photo of a lion eating a {TWO}"],
+        [SQUIRREL, LION_TO_TWO],
         Reweight({"lion": 2.0}, WordSwap(0.6, 0.4)),
-        [ref.Edit(ref.replace, (0, 0.6), (0, 0.4), weights={"lion": 2.0})],
-        {"scheduler": scheduler, "num_inference_steps": 2},
+        {"scheduler": "pndm", "num_inference_steps": 2},
     )
     _, run = run_theirs(theirs, case)
     for before_edit, sums in ((False, run.after), (True, run.before)):
         store = minip2p.AttentionStore(before_edit=before_edit)
         run_ours(model, case, store=store)
         expected = (sums / run.layers).float().view(2, 16, 16, 77)
-        print(f"{scheduler}: {difference(store.average(), expected):.1e}")
+        print(f"{difference(store.average(), expected):.1e}")
         assert difference(store.average(), expected) < 1e-5
-
-
-def test_before_the_edit_and_after(model):
-    def run(before_edit):
-        store = minip2p.AttentionStore(before_edit=before_edit)
-        generate(model, [SQUIRREL, LION], WordSwap(1.0, 0.0), store=store)
-        return store.average()
-
-    before, after = run(True), run(False)
-    assert torch.equal(after[1], after[0])  # the lion's maps are the squirrel's
-    assert difference(before[0], after[0]) < 1e-5
-    assert difference(before[1], after[1]) > 1e-2
 
 
 @pytest.mark.parametrize("before_edit", [False, True])
@@ -807,8 +704,9 @@ def test_words_are_columns_of_the_whole_maps(model, before_edit):
     torch.testing.assert_close(whole.word(new, 1), whole.average()[1][..., at].sum(dim=-1))
 
 
-@pytest.mark.parametrize("words", [None, ["squirrel", "burger"]])
-@pytest.mark.parametrize("scheduler", ["ddim", "pndm"])
+@pytest.mark.parametrize(
+    "words, scheduler", [(None, "pndm"), (["squirrel", "burger"], "ddim")], ids=str
+)
 def test_maps_of_the_calls_sum_to_the_average(model, words, scheduler):
     def run(by_call):
         store = minip2p.AttentionStore(words=words, by_call=by_call)
@@ -816,7 +714,7 @@ def test_maps_of_the_calls_sum_to_the_average(model, words, scheduler):
         return store
 
     apart, summed = run(True), run(False)
-    calls = STEPS + (scheduler == "pndm")
+    calls = FEW + (scheduler == "pndm")
     each = [apart.average(call=call) for call in range(calls)]
     assert difference(sum(each) / calls, summed.average()) < 1e-5
     assert difference(apart.average(), summed.average()) < 1e-5

@@ -106,9 +106,7 @@ def test_images_are_named_by_as_much_of_their_paths_as_tells_them_apart():
     assert report.image_labels([*rows, {}]) == names
 
 
-def test_the_report_is_one_file_with_everything_in_it(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
-):
+def test_the_report_is_one_file_with_everything_in_it(tmp_path, capsys):
     folder = write_grid(tmp_path / "out", 20)
     assert sweep.main(["report", str(folder)]) == 0
     assert capsys.readouterr().out == f"{folder}/report.html\n"
@@ -122,9 +120,7 @@ def test_the_report_is_one_file_with_everything_in_it(
     assert data["rows"][4]["figures"][edited] == pytest.approx(1 - 0.7)
 
 
-def test_a_report_from_a_stranger_shows_no_other_file(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-):
+def test_a_report_from_a_stranger_shows_no_other_file(tmp_path, monkeypatch):
     """Pictures are PNG, of the folder, and of a reasonable size; figures are finite numbers."""
     rows = [{"seconds": float("nan"), "changed": 10**400, "seed": [[[1]]], "blend": {"words": 5}}]
     folder = write_results(tmp_path / "out", [*rows, {}, {}, {}])
@@ -139,7 +135,7 @@ def test_a_report_from_a_stranger_shows_no_other_file(
     assert data_of(folder)["pictures"] == {}
 
 
-def test_a_folder_without_results_and_a_page_of_others_are_refused(tmp_path: Path):
+def test_a_folder_without_results_and_a_page_of_others_are_refused(tmp_path):
     with pytest.raises(minip2p.UserError, match=r"has no results\.jsonl with rows"):
         report.write_report(tmp_path)
     folder = write_results(tmp_path / "out", [{}])
@@ -180,7 +176,7 @@ CUT = (  # texts of the plots that reach over the edge, and legends that are wid
 
 
 @NEEDS_A_BROWSER
-def test_a_grid_in_a_browser(tmp_path: Path):
+def test_a_grid_in_a_browser(tmp_path):
     """500 rows are sorted, filtered, laid out anew and looked at, and nothing is fetched."""
     path = report.write_report(write_grid(tmp_path / "out", 500))
     with start_browser() as page:
@@ -212,7 +208,7 @@ def test_a_grid_in_a_browser(tmp_path: Path):
 
 
 @NEEDS_A_BROWSER
-def test_pictures_with_edits_in_a_browser(tmp_path: Path):
+def test_pictures_with_edits_in_a_browser(tmp_path):
     """A row a picture, with captions that tell its edits apart; the plots are over the blend."""
     path = report.write_report(write_pictures(tmp_path / "out"))
     with start_browser() as page:

@@ -1,4 +1,4 @@
-"""What a scheduler's config says: honoured to the bit of diffusers, refused, or without effect.
+"""A scheduler's config is honoured to the bit of diffusers, refused, or without effect.
 
 The truth is diffusers' scheduler after its Stable Diffusion pipeline has corrected it.
 """
@@ -14,7 +14,7 @@ import diffusers
 import pytest
 import torch
 from helpers import difference, noise
-from models import edit_json, make_layouts
+from models import edit_json
 from torch import Tensor
 
 import minip2p
@@ -36,13 +36,8 @@ SD = {
 
 
 @pytest.fixture(scope="module")
-def narrow(tmp_path_factory) -> Path:
-    return make_layouts(tmp_path_factory.mktemp("narrow"))["diffusers"]
-
-
-@pytest.fixture(scope="module")
-def pipeline(narrow) -> diffusers.StableDiffusionPipeline:
-    pipe = diffusers.StableDiffusionPipeline.from_pretrained(narrow)
+def pipeline(layouts) -> diffusers.StableDiffusionPipeline:
+    pipe = diffusers.StableDiffusionPipeline.from_pretrained(layouts["diffusers"])
     pipe.set_progress_bar_config(disable=True)
     return pipe
 
@@ -63,7 +58,7 @@ def read_quietly(**fields: Any) -> tuple[str, dict[str, Any]]:
 
 
 def corrected(pipeline: diffusers.StableDiffusionPipeline, kind: str, config: Any) -> Any:
-    """diffusers' scheduler of a config, as its pipeline leaves it."""
+    """Make diffusers' scheduler of a config, and let its pipeline correct it."""
     scheduler = getattr(diffusers, kind).from_config(config)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # that it corrects the config
@@ -73,7 +68,7 @@ def corrected(pipeline: diffusers.StableDiffusionPipeline, kind: str, config: An
 
 
 def trajectory(scheduler: Any, steps: int | None = None) -> tuple[list[int], Tensor]:
-    """Timesteps and latents of a run whose predictions are the same noise for everybody."""
+    """Return timesteps and latents of a run in which every prediction is noise of one seed."""
     if steps is not None:
         scheduler.set_timesteps(steps)
     predictions = torch.Generator().manual_seed(2)
@@ -116,31 +111,14 @@ def test_spacings_worked_out_by_hand():
 @pytest.mark.parametrize("spacing", SPACINGS)
 def test_spacings_are_diffusers_to_the_bit(spacing, kind, pipeline):
     theirs = corrected(pipeline, kind, SD | {"timestep_spacing": spacing})
-    for steps in range(1, 51):
+    for steps in (1, 2, 3, 4, 7, 20, 30, 31, 47, 50):
         assert_same_run(OURS[kind](steps, timestep_spacing=spacing), theirs, steps)
-
-
-@pytest.mark.parametrize("kind", OURS)
-@pytest.mark.parametrize("spacing", SPACINGS)
-@pytest.mark.parametrize(
-    "fields",
-    [
-        {"set_alpha_to_one": True},
-        {"num_train_timesteps": 100},
-        {"beta_start": 0.001, "beta_end": 0.02},
-    ],
-    ids=lambda fields: next(iter(fields)),
-)
-def test_spacings_with_other_noise_levels(spacing, kind, fields, pipeline):
-    theirs = corrected(pipeline, kind, SD | fields | {"timestep_spacing": spacing})
-    for steps in (1, 2, 3, 7, 24, 47):
-        assert_same_run(OURS[kind](steps, timestep_spacing=spacing, **fields), theirs, steps)
 
 
 @pytest.mark.parametrize("spacing", SPACINGS)
 def test_spacings_with_new_noise(spacing, pipeline):
     theirs = corrected(pipeline, "DDIMScheduler", SD | {"timestep_spacing": spacing})
-    for steps in (1, 5, 31, 48):
+    for steps in (1, 5, 31):
         theirs.set_timesteps(steps)
         noises = [torch.Generator().manual_seed(5) for _ in range(2)]
         ours = minip2p.DDIM(steps, eta=0.6, generator=noises[0], timestep_spacing=spacing)
@@ -166,9 +144,9 @@ def test_every_number_of_steps_stays_within_training():
 
 
 @pytest.mark.parametrize("kind", OURS)
-def test_a_config_changes_the_whole_run_as_in_diffusers(narrow, tmp_path, pipeline, kind):
+def test_a_config_changes_the_whole_run_as_in_diffusers(layouts, tmp_path, pipeline, kind):
     """4 steps of "trailing" once differed from diffusers' by 0.71."""
-    folder = shutil.copytree(narrow, tmp_path / "model")
+    folder = shutil.copytree(layouts["diffusers"], tmp_path / "model")
     file = folder / "scheduler" / "scheduler_config.json"
     edit_json(file, **SD, _class_name=kind, timestep_spacing="trailing")
     model = load(folder, device="cpu")
@@ -197,10 +175,7 @@ def test_a_config_changes_the_whole_run_as_in_diffusers(narrow, tmp_path, pipeli
 def test_mistakes_of_a_scheduler(arguments, says):
     with pytest.raises(ValueError, match=says):
         minip2p.DDIM(50, **arguments)
-
-
-def test_the_largest_offset_is_within_training():
-    assert minip2p.DDIM(50, steps_offset=19).timesteps[0] == 999
+    assert minip2p.DDIM(50, steps_offset=19).timesteps[0] == 999  # the largest that fits
 
 
 # --- every field of a config ----------------------------------------------------------------------
@@ -288,50 +263,37 @@ AS_DDIM = {
     *("SASolverScheduler", "UniPCMultistepScheduler"),
 }
 FEW_STEPS = {"LCMScheduler", "TCDScheduler"}
-CLASSES = sorted(name for name in dir(diffusers) if name.endswith("Scheduler"))
+OTHERS = ["EulerDiscreteSchedulerOfMine", "DPMSolver3Scheduler"]  # newer ones of the family
+REFUSED_CLASSES: list[Any] = [
+    *("FlowMatchEulerDiscreteScheduler", "EDMEulerScheduler", "VQDiffusionScheduler"),
+    *("MyFlowScheduler", "EulerEDM and more", 7, ["DDIMScheduler"]),
+]
 
 
-@pytest.mark.parametrize("name", CLASSES)
-def test_every_class_of_diffusers(name):
-    """Runs as itself, runs as DDIM with one line that says so, or is refused."""
+@pytest.mark.parametrize("name", [*OURS, *sorted(AS_DDIM | FEW_STEPS), *OTHERS])
+def test_classes_that_run(name):
+    """As itself, or as DDIM with one line that says so."""
+    assert hasattr(diffusers, name) == (name not in OTHERS)
     if name in OURS:
         assert read_quietly(_class_name=name)[0] == name[:4].lower()
-    elif name in AS_DDIM | FEW_STEPS:
-        with pytest.warns(UserWarning) as warned:
-            assert read_config(_class_name=name)[0] == "ddim"
-        (line,) = (str(warning.message) for warning in warned)
-        assert line.startswith(f"{CONFIG} asks for {name}: DDIM takes its place")
-        assert ("--steps 8 --guidance 1" in line) == (name in FEW_STEPS)
-    else:
-        refused(name, f"_class_name = {name}, where Stable Diffusion 1.x has")
-
-
-def refused(name: Any, message: str, **fields: Any) -> None:
-    with pytest.raises(WeightsError, match=message):
-        read_config(_class_name=name, **fields)
-
-
-def test_every_class_that_is_listed_is_in_diffusers():
-    assert {*AS_DDIM, *FEW_STEPS, *OURS} <= set(CLASSES)
-    assert {"FlowMatchEulerDiscreteScheduler", "EDMEulerScheduler"} <= set(CLASSES)
-
-
-@pytest.mark.parametrize("name", ["EulerDiscreteSchedulerOfMine", "DPMSolver3Scheduler"])
-def test_new_classes_of_the_family_run(name):
-    with pytest.warns(UserWarning, match="DDIM takes its place"):
+        return
+    with pytest.warns(UserWarning) as warned:
         assert read_config(_class_name=name)[0] == "ddim"
+    (line,) = (str(warning.message) for warning in warned)
+    assert line.startswith(f"{CONFIG} asks for {name}: DDIM takes its place")
+    assert ("--steps 8 --guidance 1" in line) == (name in FEW_STEPS)
 
 
-@pytest.mark.parametrize("name", ["MyFlowScheduler", "EulerEDM and more", 7, ["DDIMScheduler"]])
-def test_classes_that_nobody_knows_are_refused(name):
-    refused(name, "_class_name = ")
+@pytest.mark.parametrize("name", REFUSED_CLASSES, ids=str)
+def test_classes_that_are_refused(name):
+    with pytest.raises(WeightsError, match=r"_class_name = .*, where Stable Diffusion 1.x has"):
+        read_config(_class_name=name)
 
 
-@pytest.mark.parametrize("name", ["DPMSolverMultistepScheduler", "UniPCMultistepScheduler"])
-def test_a_flow_in_the_clothes_of_another_class_is_refused(name):
-    refused(
-        name, "use_flow_sigmas = True, where Stable Diffusion 1.x has False", use_flow_sigmas=True
-    )
+def test_a_flow_in_the_clothes_of_another_class_is_refused():
+    message = "use_flow_sigmas = True, where Stable Diffusion 1.x has False"
+    with pytest.raises(WeightsError, match=message):
+        read_config(_class_name="UniPCMultistepScheduler", use_flow_sigmas=True)
 
 
 @pytest.mark.parametrize("name", sorted(FEW_STEPS))

@@ -55,7 +55,7 @@ def resolved(model: dict[str, Any] = MODEL, **settings: Any) -> study.SweepRun:
 # --- files ----------------------------------------------------------------------------------------
 
 
-def test_lists_are_multiplied_and_zip_groups_are_not(tmp_path: Path):
+def test_lists_are_multiplied_and_zip_groups_are_not(tmp_path):
     runs = read(tmp_path, f"""
 prompt = "{SQUIRREL}"
 seed = [1, 2]
@@ -73,7 +73,7 @@ self_replace_steps = [0.4, 0.6]
     assert windows == [(0, 0.2), (0.1, 0.8), {"squirrel": (0, 0.4), "default_": (0, 0.8)}]
 
 
-def test_a_line_of_jsonl_is_a_run_and_its_lists_are_values(tmp_path: Path):
+def test_a_line_of_jsonl_is_a_run_and_its_lists_are_values(tmp_path):
     """A text may hold U+2028, at which str.splitlines cuts; a file may begin with a BOM."""
     lines = [
         {"prompt": "a\u2028cat", "to": LION, "cross_replace_steps": [0.1, 0.8]},
@@ -86,7 +86,7 @@ def test_a_line_of_jsonl_is_a_run_and_its_lists_are_values(tmp_path: Path):
     assert len(read(tmp_path, '\ufeffprompt = "a cat"')) == 1
 
 
-def test_a_picture_stands_beside_its_study(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+def test_a_picture_stands_beside_its_study(tmp_path, monkeypatch):
     monkeypatch.setenv("HOME", str(tmp_path / "home"))
     for folder in (tmp_path / "home", tmp_path / "set"):
         folder.mkdir()
@@ -102,7 +102,7 @@ def test_a_picture_stands_beside_its_study(tmp_path: Path, monkeypatch: pytest.M
         assert study_run.run.source.image == str(tmp_path / path)
 
 
-def test_toml_without_a_parser_is_one_sentence(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+def test_toml_without_a_parser_is_one_sentence(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "tomllib", None)
     monkeypatch.setitem(sys.modules, "tomli", None)
     with pytest.raises(
@@ -117,24 +117,17 @@ MISTAKES = [
     ('prompt = "a\n', "line 1"),
     ("a = " + "[" * 5000 + "]" * 5000, "nested too deeply"),
     (HEAD + "sede = 1", "there is no setting 'sede': is it seed?"),
-    (HEAD + "colour = 1", "there is no setting 'colour', only prompt"),
     (HEAD + "seed = []", "seed: its list is empty"),
     (HEAD + "seed = [1, 'x']", "seed must be a whole number from 0 to 9223372036854775807"),
-    (HEAD + "guidance_scale = nan", "guidance scale must be a number from -1000 to 1000"),
-    (HEAD + 'scheduler = "euler"', "scheduler is one of ddim, pndm, not 'euler'"),
     (HEAD + 'model = ["emoji", "other"]', "model: a study has one for all runs"),
     ("seed = 1", "prompt: every run needs a prompt"),
     ('prompt = " "', "prompt: it must be a prompt"),
-    (HEAD + 'swap = "squirrel"', "swap: a swap takes two sides, A=B, not 'squirrel'"),
     (HEAD + 'swap = ["squirrel=lion", "dog=cat"]', "no word 'dog' in 'a squirrel"),
     (SWAP + f'to = "{LION}"', "to: swap and to both give the edited prompt"),
     (HEAD + "cross_replace_steps = 0.5", "it needs an edit: add swap, to or reweight"),
     (SWAP + "cross_replace_steps = 1.5", "A window is a fraction"),
-    (SWAP + "cross_replace_steps = { dog = 1 }", "cross_replace_steps: there is no word 'dog'"),
     (SWAP + 'blend = [["lion", "dog"]]', "blend: there is no word 'dog'"),
     (SWAP + 'blend = { word = "lion" }', "blend: it needs words"),
-    (SWAP + 'blend = { words = "lion", threshold = 2 }', "A blend's threshold must be from"),
-    (HEAD + "reweight = { dog = 2 }", "reweight: there is no word 'dog'"),
     (HEAD + 'image = "none.png"', "image: there is no picture /"),
     (HEAD + 'image = "https://a.b/c.png"', "image: https://a.b/c.png is a web address: download"),
     (HEAD + f'image = "{DATA}/bird.png"\nscheduler = "pndm"', "leave out scheduler and eta"),
@@ -146,7 +139,7 @@ MISTAKES = [
 
 
 @pytest.mark.parametrize(("content", "sentence"), MISTAKES)
-def test_a_mistake_is_one_sentence(tmp_path: Path, content: str, sentence: str):
+def test_a_mistake_is_one_sentence(tmp_path, content, sentence):
     with pytest.raises(minip2p.UserError) as caught:
         read(tmp_path, content)
     message = str(caught.value)
@@ -154,9 +147,7 @@ def test_a_mistake_is_one_sentence(tmp_path: Path, content: str, sentence: str):
     assert message.count("study.toml") == 1  # one sentence, not one for each combination
 
 
-def test_all_mistakes_of_a_file_are_listed(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
-):
+def test_all_mistakes_of_a_file_are_listed(tmp_path, capsys, monkeypatch):
     monkeypatch.chdir(tmp_path)
     lines = ['{"prompt": "a cat", "seed": -1}', '{"prompt": "a cat"}', "[" * 5000, '{"to": "b"}']
     Path("study.jsonl").write_text("\n".join(lines))
@@ -166,7 +157,7 @@ def test_all_mistakes_of_a_file_are_listed(
     assert not Path("runs").exists()
 
 
-def test_the_page_about_sweeps_shows_a_study_and_names_every_setting(tmp_path: Path):
+def test_the_page_about_sweeps_shows_a_study_and_names_every_setting(tmp_path):
     page = (Path(__file__).parents[1] / "docs" / "sweep.md").read_text("utf-8")
     assert len(read(tmp_path, page.split("```toml\n")[1].split("```")[0])) == 2 * 2 * 3 * 2 * 3
     for name in study.SETTINGS:
@@ -185,12 +176,7 @@ def stand_in(path: Path) -> None:
 
 @pytest.mark.parametrize(("name", "n"), [("grid.toml", 14), ("set.jsonl", 6)])
 def test_a_study_of_the_second_edition_goes_on_without_a_run(
-    name: str,
-    n: int,
-    model: minip2p.StableDiffusion,
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-    capsys: pytest.CaptureFixture[str],
+    name, n, model, tmp_path, monkeypatch, capsys
 ):
     """The tables in tests/data were written by version 0.1.0: every id stays."""
     old = shutil.copytree(DATA, tmp_path / "old")
@@ -206,7 +192,7 @@ def test_a_study_of_the_second_edition_goes_on_without_a_run(
     assert table.read_bytes() == before
 
 
-def test_what_means_the_same_picture_has_one_id(tmp_path: Path):
+def test_what_means_the_same_picture_has_one_id(tmp_path):
     def id_of(**settings: Any) -> str:
         return resolved(**settings).id
 
@@ -246,9 +232,7 @@ def test_what_is_told_apart():
         ("a dog, red", ["a cat", "cat,"], (["a cat"], ["dog"])),  # a phrase, and no token twice
     ],
 )
-def test_the_words_that_an_edit_changes(
-    model: minip2p.StableDiffusion, to: str, weighted: list[str], words: Any
-):
+def test_the_words_that_an_edit_changes(model, to, weighted, words):
     prompts = (tokenize(model.tokenizer, text) for text in ("a cat, red", to))
     assert measure.changed_words(*prompts, weighted) == words
 
@@ -294,7 +278,7 @@ MAKING = "seconds", "worker"  # what differs when a run is made again
 
 @pytest.fixture
 def folder(toy: minip2p.StableDiffusion, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
-    """Give an empty working folder with a study. The toy model is loaded once."""
+    """Enter an empty folder with a study. The toy model is loaded once."""
     monkeypatch.setattr(worker, "load", lambda *_, **__: toy)
     monkeypatch.setattr(sweep.fast, "keep_memory", lambda: None)  # it is for whole processes
     monkeypatch.chdir(tmp_path)
@@ -304,7 +288,7 @@ def folder(toy: minip2p.StableDiffusion, monkeypatch: pytest.MonkeyPatch, tmp_pa
 
 @pytest.fixture
 def command(folder: Path, capsys: pytest.CaptureFixture[str]) -> Command:
-    """Give a function that runs the program, and returns its status and everything it prints."""
+    """Return a function that runs the program and returns its status and what it printed."""
 
     def run(*words: str) -> tuple[int, str]:
         status = sweep.main([*(words or ["study.toml"]), "--out", "out"])
@@ -330,11 +314,7 @@ def assert_complete(folder: Path, n: int) -> None:
     assert not list(folder.glob(".*.tmp"))
 
 
-def test_a_study_becomes_pictures_and_rows(
-    command: Command,
-    model: minip2p.StableDiffusion,
-    monkeypatch: pytest.MonkeyPatch,
-):
+def test_a_study_becomes_pictures_and_rows(command, model, monkeypatch):
     """With the bundled model: an edit changes more where its words look."""
     monkeypatch.setattr(worker, "load", lambda *_, **__: model)
     Path("study.toml").write_text(STUDY.replace("[1, 2]", "[1]"))
@@ -352,7 +332,7 @@ def test_a_study_becomes_pictures_and_rows(
         assert 0 < row["looks_at"] < 1 and 0 <= row["looks_iou"] <= 1
 
 
-def test_only_what_is_not_there_is_made(command: Command, monkeypatch: pytest.MonkeyPatch):
+def test_only_what_is_not_there_is_made(command, monkeypatch):
     """Half a row, an error, an empty picture, a lost one, a lost source, latents asked for late."""
     command()
     table = Path("out/results.jsonl")
@@ -384,11 +364,9 @@ def test_only_what_is_not_there_is_made(command: Command, monkeypatch: pytest.Mo
 
 
 @pytest.mark.parametrize(
-    "line", ['{"experiment": 7}', '{"id": "x"}', "loss 0.3", '{"id": "../a", "source": "b"}',
-             '{"id": "aaaaaaaaaaaaaaaa", "source": "aaaaaaaaaaaaaaaa", "x": [[[[[[1]]]]]]}',
-             "[" * 5000],
-)  # fmt: skip
-def test_the_files_of_others_are_not_touched(command: Command, line: str):
+    "line", ['{"experiment": 7}', "loss 0.3", '{"id": "../a", "source": "b"}', "[" * 5000]
+)
+def test_the_files_of_others_are_not_touched(command, line):
     Path("out").mkdir()
     Path("out/results.jsonl").write_text(line + "\n")
     for words in ([], ["study.toml", "--dry-run"]):
@@ -398,7 +376,7 @@ def test_the_files_of_others_are_not_touched(command: Command, line: str):
     assert Path("out/results.jsonl").read_text() == line + "\n"
 
 
-def test_a_lock_that_another_sweep_holds_or_that_is_a_link(command: Command):
+def test_a_lock_that_another_sweep_holds_or_that_is_a_link(command):
     Path("out").mkdir()
     with results.locked(Path("out")):
         status, printed = command()
@@ -410,9 +388,7 @@ def test_a_lock_that_another_sweep_holds_or_that_is_a_link(command: Command):
 
 
 @pytest.mark.parametrize("code", [errno.ENOSYS, errno.ENOLCK])
-def test_without_locks_a_sweep_goes_on_and_warns(
-    command: Command, code: int, monkeypatch: pytest.MonkeyPatch
-):
+def test_without_locks_a_sweep_goes_on_and_warns(command, code, monkeypatch):
     fcntl = pytest.importorskip("fcntl")
 
     def flock(*_: Any) -> None:
@@ -424,9 +400,7 @@ def test_without_locks_a_sweep_goes_on_and_warns(
     assert_complete(Path("out"), 8)
 
 
-def test_runs_that_raise_have_their_errors_and_the_others_go_on(
-    command: Command, monkeypatch: pytest.MonkeyPatch
-):
+def test_runs_that_raise_have_their_errors_and_the_others_go_on(command, monkeypatch):
     """A swap between prompts of different lengths is found when the edit is bound."""
     lines = [{"to": LION, "edit": "swap"}, {"to": f"{LION} at night", "edit": "swap"}, {}]
     common = {"prompt": SQUIRREL, "num_inference_steps": 2}
@@ -437,9 +411,7 @@ def test_runs_that_raise_have_their_errors_and_the_others_go_on(
     assert errors[None] is errors[LION] is None and "use Refine" in errors[f"{LION} at night"]
 
 
-def test_a_batch_that_does_not_fit_into_memory_is_made_one_by_one(
-    command: Command, monkeypatch: pytest.MonkeyPatch
-):
+def test_a_batch_that_does_not_fit_into_memory_is_made_one_by_one(command, monkeypatch):
     generate, sizes = minip2p.Run.generate, []
 
     def limited(run: minip2p.Run, *arguments: Any, **settings: Any) -> Any:
@@ -454,9 +426,7 @@ def test_a_batch_that_does_not_fit_into_memory_is_made_one_by_one(
     assert_complete(Path("out"), 8)
 
 
-def test_together_or_alone_makes_no_difference(
-    folder: Path, toy: minip2p.StableDiffusion, monkeypatch: pytest.MonkeyPatch
-):
+def test_together_or_alone_makes_no_difference(folder, toy, monkeypatch):
     """Runs of one source are one call; latents differ by at most 1e-6 of the largest."""
     generate, sizes = minip2p.Run.generate, []
     monkeypatch.setattr(
@@ -477,12 +447,7 @@ def test_together_or_alone_makes_no_difference(
     assert (np.array(result.images[1]) == np.array(Image.open(f"alone/{row['id']}.png"))).all()
 
 
-def test_a_picture_is_inverted_once_for_all_its_edits(
-    command: Command,
-    folder: Path,
-    toy: minip2p.StableDiffusion,
-    monkeypatch: pytest.MonkeyPatch,
-):
+def test_a_picture_is_inverted_once_for_all_its_edits(command, folder, toy, monkeypatch):
     shutil.copy(DATA / "bird.png", "bird.png")
     image = 'image = "bird.png"\nguidance_scale = [2, 4]'
     Path("study.toml").write_text(STUDY.replace("seed = [1, 2]", image))
@@ -510,7 +475,7 @@ def test_groups_share_a_source_and_hold_a_batch():
     assert ids(3) == ["a a0 a1", "a2 a3", "a4", "b1", "c"]
 
 
-def test_a_dry_run_counts_and_makes_one_call(command: Command):
+def test_a_dry_run_counts_and_makes_one_call(command):
     Path("study.toml").write_text(STUDY + 'edit = ["auto", "none"]\nscheduler = "pndm"\n')
     status, printed = command("study.toml", "--dry-run")
     # Without control the window makes no difference: 2 swaps x 2 seeds x (2 windows + 1).
@@ -521,9 +486,7 @@ def test_a_dry_run_counts_and_makes_one_call(command: Command):
 
 
 @pytest.mark.parametrize("option", [["--workers", "2"], ["--address", "auto"]])
-def test_without_ray_its_options_are_one_sentence(
-    command: Command, option: list[str], monkeypatch: pytest.MonkeyPatch
-):
+def test_without_ray_its_options_are_one_sentence(command, option, monkeypatch):
     monkeypatch.setitem(sys.modules, "ray", None)
     sentence = "--workers and --address need Ray: pip install 'minip2p[ray]'.\n"
     assert command("study.toml", *option) == (2, sentence)
@@ -541,10 +504,8 @@ def test_workers_share_the_resources_of_a_cluster():
 # --- what stops a sweep ---------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("n", [1, 5, 12])
-def test_a_full_disk_is_one_sentence_and_the_rest_is_made_later(
-    command: Command, n: int, monkeypatch: pytest.MonkeyPatch
-):
+@pytest.mark.parametrize("n", [1, 5])
+def test_a_full_disk_is_one_sentence_and_the_rest_is_made_later(command, n, monkeypatch):
     """The disk is full when the n-th file is written."""
     calls, fsync = [], os.fsync
 
@@ -557,9 +518,8 @@ def test_a_full_disk_is_one_sentence_and_the_rest_is_made_later(
     monkeypatch.setattr(os, "fsync", full)
     status, printed = command()
     last = printed.splitlines()[-1]
-    assert (
-        status == 2 and "can't be written: No space left on device: what is there is kept" in last
-    )
+    assert status == 2
+    assert "can't be written: No space left on device: what is there is kept" in last
     assert not list(Path("out").glob(".*.tmp"))
     monkeypatch.setattr(os, "fsync", fsync)
     assert command()[0] == 0
@@ -567,7 +527,7 @@ def test_a_full_disk_is_one_sentence_and_the_rest_is_made_later(
 
 
 @pytest.mark.slow
-def test_killed_at_20_random_moments_and_resumed(command: Command, folder: Path):
+def test_killed_at_20_random_moments_and_resumed(command, folder):
     """Rows and pictures are those of a sweep that was not interrupted, and no run has two rows."""
     Path("study.toml").write_text(STUDY.replace("[1, 2]", "[1, 2, 3, 4]"))
     began = time.perf_counter()
@@ -590,9 +550,9 @@ def test_killed_at_20_random_moments_and_resumed(command: Command, folder: Path)
         process.join(moments.uniform(0, took))
         process.kill()
         process.join()
-        made = results.read_rows(Path("out"))
-        kept.append(len(made))
-        assert all(results.is_whole(Path("out") / row["file"]) for row in made.values())
-        assert f"16 runs, {16 - len(made)} of them new, 0 with an error" in command(*words)[1]
+        rows = results.read_rows(Path("out"))
+        kept.append(len(rows))
+        assert all(results.is_whole(Path("out") / row["file"]) for row in rows.values())
+        assert f"16 runs, {16 - len(rows)} of them new, 0 with an error" in command(*words)[1]
         assert content() == expected
     assert len(set(kept)) > 3  # they were killed at different moments

@@ -26,16 +26,9 @@ TINY = replace(
 )
 
 
-@pytest.fixture(scope="module", autouse=True)
-def gradients():
-    """Other modules of the tests switch them off."""
-    with torch.enable_grad():
-        yield
-
-
 @pytest.fixture(scope="module")
-def folder(tmp_path_factory, gradients) -> Path:
-    """A model after two steps of each stage, trained by the code that made the bundled one."""
+def folder(tmp_path_factory) -> Path:
+    """Train a model for two steps of each stage, by the code that made the bundled one."""
     out = tmp_path_factory.mktemp("trained")
     train.prepare(TINY, out)
     train.run(0, TINY, out, count=1, port=0)
@@ -47,7 +40,7 @@ class Interrupted(Exception):
 
 
 def line(steps: int, work: Path, fail_at: int | None = None) -> tuple[nn.Module, list[float]]:
-    """Fit a line; the losses of every step taken. The loss of one step may raise Interrupted."""
+    """Fit a line and return the loss of every step, of which one may raise Interrupted."""
     torch.manual_seed(0)
     module, losses = nn.Linear(3, 1), []
 
@@ -81,7 +74,7 @@ def test_an_interrupted_run_goes_on_as_if_nothing_had_been(tmp_path):
 
 
 def test_a_loss_that_is_no_number_ends_the_run(tmp_path):
-    """... before the next checkpoint replaces the last."""
+    """The run ends before the next checkpoint replaces the last."""
     module = nn.Linear(3, 1)
 
     def draw(generator: torch.Generator, progress: float) -> list[torch.Tensor]:
@@ -100,11 +93,11 @@ def test_a_loss_that_is_no_number_ends_the_run(tmp_path):
 
 @pytest.mark.gpu
 def test_a_recorded_step_is_the_step_itself(tmp_path):
-    found = []
+    weights = []
     for recorded in (False, True):
         torch.manual_seed(0)
         module, work = nn.Linear(3, 1).cuda(), tmp_path / str(recorded)
-        found.append(module.weight.detach().cpu().clone())
+        weights.append(module.weight.detach().cpu().clone())
         work.mkdir()
 
         def draw(generator: torch.Generator, progress: float) -> list[torch.Tensor]:
@@ -118,8 +111,8 @@ def test_a_recorded_step_is_the_step_itself(tmp_path):
             "line", modules, draw, loss, lambda: {}, 800, 8, 0.2, recorded=recorded
         )
         optimize.fit(stage, work, minutes=0)
-        found.append(module.weight.detach().cpu())
-    first, plain, _, recorded = found
+        weights.append(module.weight.detach().cpu())
+    first, plain, _, recorded = weights
     assert torch.allclose(plain, recorded, atol=1e-5)
     assert (plain - 1).norm() < (first - 1).norm() / 2
 
@@ -135,11 +128,11 @@ def test_the_average_is_kept_not_the_last_weights(tmp_path):
 def test_muons_direction_is_the_nearest_orthogonal_matrix(shape):
     """Newton-Schulz, five steps, against the singular value decomposition."""
     x = torch.randn(shape, generator=torch.Generator().manual_seed(0))
-    found = optimize.orthogonal(x)
-    sizes = torch.linalg.svdvals(found)
+    direction = optimize.orthogonal(x)
+    sizes = torch.linalg.svdvals(direction)
     assert sizes.min() > 0.5 and sizes.max() < 1.3  # 1, roughly: that is all five steps do
     u, _, v = torch.linalg.svd(x, full_matrices=False)
-    assert torch.cosine_similarity(found.flatten(1), (u @ v).flatten(1)).min() > 0.97
+    assert torch.cosine_similarity(direction.flatten(1), (u @ v).flatten(1)).min() > 0.97
 
 
 def test_muon_steps_are_as_long_as_adamws_and_fit_a_kernel():

@@ -33,9 +33,6 @@ from models import (
     WEIGHTS,
     Truth,
     edit_json,
-    ldm_unet_name,
-    ldm_vae_name,
-    make_layouts,
     make_truth,
     sd15_keys,
 )
@@ -52,11 +49,6 @@ from minip2p.weights.folder import check_defaults
 UNET, VAE_, TEXT = "model.diffusion_model.", "first_stage_model.", "cond_stage_model.transformer."
 BYTES = {"F32": 4, "F16": 2, "BF16": 2, "I64": 8, "I8": 1}
 Shapes = dict[str, tuple[int, ...]]
-
-
-@pytest.fixture(scope="module")
-def layouts(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    return make_layouts(tmp_path_factory.mktemp("layouts"))
 
 
 @pytest.fixture(scope="module")
@@ -179,25 +171,6 @@ def test_other_dtypes_are_refused(dtype):
     assert "must be one of float32, float16, bfloat16" in message and repr(dtype) in message
 
 
-@pytest.mark.parametrize("dtype", [torch.float64, torch.float16, torch.bfloat16], ids=str)
-def test_the_callers_default_dtype_and_device_change_nothing(layouts, dtype):
-    plain_model = load_on_cpu(layouts["diffusers"])
-    prompt = tokenize(plain_model.tokenizer, "a photo of a cat")
-    torch.set_default_dtype(dtype)
-    torch.set_default_device("meta")
-    try:
-        model = load_on_cpu(layouts["diffusers"])
-        context = encode(model.text_encoder, [prompt])
-        with pytest.warns(UserWarning, match="two UNets"):
-            load_on_cpu(layouts["single_ema"])
-        identity = model.identity()
-    finally:
-        torch.set_default_dtype(torch.float32)
-        torch.set_default_device(None)
-    assert torch.equal(context, encode(plain_model.text_encoder, [prompt]))
-    assert identity == plain_model.identity()
-
-
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float8_e4m3fn, torch.float64], ids=str)
 def test_single_files_of_other_dtypes(layouts, tmp_path, dtype):
     state = load_file(layouts["single"])
@@ -219,24 +192,15 @@ def test_the_fp16_variant_is_chosen_for_half_precision_alone(layouts, tmp_path):
         assert not model.vae.decoder.conv_in.weight.eq(1).all()  # has no fp16 file: the other
 
 
-@pytest.mark.parametrize("name", ["diffusers", "single"])
-def test_the_prefix_of_compiled_modules_is_ignored(layouts, truth, tmp_path, name):
-    """torch.compile puts _orig_mod. before the names of a module, whole or inside another."""
-    source = Path(layouts[name])
-    target = tmp_path / source.name
-    if source.is_dir():
-        shutil.copytree(source, target)
-        for part, prefix in ("unet", "_orig_mod."), ("text_encoder", "text_model._orig_mod."):
-            file = target / part / f"{WEIGHTS[part]}.safetensors"
-            state = {prefix + k.removeprefix("text_model."): t for k, t in load_file(file).items()}
-            save_file(state, file)
-    else:
-        state = {k.replace(UNET, UNET + "_orig_mod."): t for k, t in load_file(source).items()}
-        save_file(state, target)
-    for key, tensor in parameters(load_on_cpu(target))["unet"].items():
-        assert torch.equal(tensor, truth.states()["unet"][key])
+def test_the_prefix_of_compiled_modules_is_ignored(layouts, truth, tmp_path):
+    """torch.compile puts _orig_mod. before the names of a module."""
+    file = tmp_path / "compiled.safetensors"
+    state = load_file(layouts["single"])
+    state = {name.replace(UNET, UNET + "_orig_mod."): tensor for name, tensor in state.items()}
+    save_file(state, file)
+    weight = load_on_cpu(file).unet.conv_in.weight
+    assert torch.equal(weight, truth.states()["unet"]["conv_in.weight"])
     state["_orig_mod." + next(iter(state))] = torch.zeros(1)
-    file = tmp_path / "twice.safetensors"
     save_file(state, file)
     assert "under a second name" in refusal(file)
 
@@ -246,8 +210,10 @@ def test_the_prefix_of_compiled_modules_is_ignored(layouts, truth, tmp_path, nam
 CONV_IN, MIDDLE = UNET + "input_blocks.0.0.weight", UNET + "middle_block.1."
 
 
-def unets(a: dict[str, torch.Tensor]) -> dict[str, dict[str, torch.Tensor]]:
+@pytest.fixture(scope="module")
+def unets(layouts) -> dict[str, dict[str, torch.Tensor]]:
     """Return a model's UNet, that of another model, and others made of them, by their names."""
+    a = {name: t for name, t in load_file(layouts["single"]).items() if name.startswith(UNET)}
     rng = torch.Generator().manual_seed(9)
     b = {
         k: t.mean() + t.std(correction=0) * torch.randn(t.shape, generator=rng)
@@ -270,52 +236,50 @@ TWO_UNETS = [  # the model's own, its average, metadata, whether the average is 
     ("a rounded", "a", {}, True, "average over training"),
     ("5 % b", "a", {}, True, "average over training"),
     ("33 % b", "a", {}, False, "not near to it"),
-    ("50 % b", "a", {}, False, "correlate by 0.7"),
     ("b", "a", {}, False, r"correlate by -?0.0"),
     ("some blocks of b", "a", {}, False, "not near to it"),
     ("a", "0", {}, False, "zero or not a number"),
     ("a", "nan", {}, False, "zero or not a number"),
-    ("a", "infinity", {}, False, "not a number"),
     ("a", "one nan", {}, False, "zero or not a number"),
     ("a", "1", {}, False, "not near to it"),
     ("a", "other shapes", {}, False, "other shapes"),
     ("0", "a", {}, True, "average over training"),
-    ("nan", "a", {}, True, "average over training"),
     ("5 % b", "a", MERGED, False, "one of the models that it was mixed of"),
-    ("5 % b", "a", {"modelspec.merged_from": "a, b"}, False, "one of the models"),
 ]
 
 
-@pytest.mark.parametrize("own, average, metadata, average_is_taken, message", TWO_UNETS)
-def test_which_of_two_unets(layouts, tmp_path, own, average, metadata, average_is_taken, message):
+def with_average(file: Path, rest: dict, unet: dict, average: dict, metadata: dict) -> Path:
+    """Save a single file with a UNet and an average of it."""
+    names = {name: "model_ema." + name.removeprefix("model.").replace(".", "") for name in unet}
+    averages = {names[name]: t.contiguous().clone() for name, t in average.items()}
+    save_file(rest | unet | averages, file, metadata)
+    return file
+
+
+@pytest.mark.parametrize("plain, average, metadata, average_is_taken, message", TWO_UNETS)
+def test_which_of_two_unets(
+    layouts, unets, tmp_path, plain, average, metadata, average_is_taken, message
+):
     rest = load_file(layouts["single"])
-    states = unets({name: tensor for name, tensor in rest.items() if name.startswith(UNET)})
-    names = {
-        name: "model_ema." + name.removeprefix("model.").replace(".", "") for name in states["a"]
-    }
-    averages = {
-        names[name]: t.clone(memory_format=torch.contiguous_format)
-        for name, t in states[average].items()
-    }
     file = tmp_path / "two.safetensors"
-    save_file(rest | states[own] | averages, file, metadata)
-
-    def weight(**options: Any) -> tuple[torch.Tensor, list[str]]:
-        with warnings.catch_warnings(record=True) as caught:
-            warnings.simplefilter("always")
-            model = load(file, tokenizer=EMOJI_TOKENIZER, device="cpu", **options)
-        return model.unet.conv_in.weight, [str(warning.message) for warning in caught]
-
-    expected = states[average if average_is_taken else own][CONV_IN].float()
-    loaded, messages = weight()
-    assert torch.equal(loaded.nan_to_num(), expected.nan_to_num())
+    with_average(file, rest, unets[plain], unets[average], metadata)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        model = load_on_cpu(file)
+    expected = unets[average if average_is_taken else plain][CONV_IN].float()
+    assert torch.equal(model.unet.conv_in.weight.nan_to_num(), expected.nan_to_num())
+    messages = [str(warning.message) for warning in caught]
     assert len(messages) == bool(message)
     assert not message or re.search(f"has two UNets, .*{message}.*takes the other", messages[0])
-    for ema, name in (False, own), (True, average):
-        if name != "other shapes":
-            loaded, messages = weight(ema=ema)
-            expected = states[name][CONV_IN].float().nan_to_num()
-            assert torch.equal(loaded.nan_to_num(), expected) and not messages
+
+
+def test_one_of_two_unets_is_asked_for(layouts, unets, tmp_path, recwarn):
+    rest = load_file(layouts["single"])
+    file = with_average(tmp_path / "two.safetensors", rest, unets["b"], unets["a"], MERGED)
+    for ema, name in (False, "b"), (True, "a"):
+        model = load(file, tokenizer=EMOJI_TOKENIZER, device="cpu", ema=ema)
+        assert torch.equal(model.unet.conv_in.weight, unets[name][CONV_IN])
+    assert not recwarn
 
 
 @pytest.mark.parametrize("ema", [True, False])
@@ -348,28 +312,12 @@ def test_a_unet_that_is_not_there(layouts, tmp_path, hub):
     assert "There is no" in refusal("missing.safetensors", ema=True)
 
 
-def test_weights_are_views_of_the_file(layouts):
-    """No copy: the parameters lie where the operating system has mapped the file."""
-    model = load_on_cpu(layouts["diffusers"])
-    maps = Path("/proc/self/maps")
-    if not maps.exists():
-        pytest.skip("needs /proc")
-    spans = []
-    for line in maps.read_text().splitlines():
-        if str(layouts["diffusers"]) in line:
-            spans.append([int(address, 16) for address in line.split()[0].split("-")])
-    for module in (model.unet, model.vae, model.text_encoder):
-        for parameter in module.parameters():
-            at = parameter.data_ptr()
-            assert any(begin <= at < end for begin, end in spans)
-
-
 def test_an_unpadded_header_is_no_harm(layouts, tmp_path):
     """Files of 2022 begin their data at any byte, where no float32 may lie."""
     header = read_json_header(layouts["single"])
     data = layouts["single"].read_bytes()
     data = data[8 + int.from_bytes(data[:8], "little") :]
-    for padding in (0, 1, 2, 3):
+    for padding in (0, 1):
         text = json.dumps(header).encode() + b" " * padding
         (tmp_path / "odd.safetensors").write_bytes(len(text).to_bytes(8, "little") + text + data)
         weight = load_on_cpu(tmp_path / "odd.safetensors").unet.conv_in.weight
@@ -423,10 +371,8 @@ def test_what_the_folder_says_is_kept(layouts, tmp_path):
     assert model.sample_size == (8, 12) and model.vae.scaling_factor == 0.5
     assert model.defaults["guidance_scale"] == 4.0
     edit_json(config, _class_name="EulerDiscreteScheduler", beta_end=...)
-    assert (
-        load_on_cpu(folder).scheduler == "ddim"
-        and load_on_cpu(folder).schedule["beta_end"] == 0.012
-    )
+    model = load_on_cpu(folder)
+    assert model.scheduler == "ddim" and model.schedule["beta_end"] == 0.012
     config.unlink()
     assert load_on_cpu(folder).scheduler == "pndm"
 
@@ -475,9 +421,6 @@ def test_names_and_shapes_of_the_full_size():
         ours = {name: tuple(tensor.shape) for name, tensor in module.state_dict().items()}
         assert ours == shapes_in(part)
     assert [len(published_shapes(part)) for part in WEIGHTS] == [686, 248, 196]
-    for ldm, part, published, _, _ in sd15_keys():  # the rules in tests/models.py hold as well
-        if part != "text_encoder":
-            assert ldm == {"unet": ldm_unet_name, "vae": ldm_vae_name}[part](published)
 
 
 def test_the_full_size_single_file(tmp_path, clip_tokenizer_dir):
@@ -615,13 +558,10 @@ REFUSED_FILES: list[tuple[str | None, Shapes, str]] = [
     (None, {"v_pred": (0,)}, "v_prediction, as v-prediction models have"),
     # additions to a model
     (ALL, {"control_model.input_blocks.0.0.weight": (8,)}, "a ControlNet, not a model"),
-    (ALL, {"input_hint_block.0.weight": (16, 3, 3, 3)}, "a ControlNet, not a model"),
     (ALL, {"controlnet_cond_embedding.conv_in.weight": (16, 3, 3, 3)}, "a ControlNet, not a model"),
     (ALL, {LORA: (4, 320)}, "a LoRA, not a model"),
-    (ALL, {"lora_te_text_model_encoder_layers_0.alpha": ()}, "a LoRA, not a model"),
     (ALL, {"unet.down_blocks.0.attn1.to_q.lora_A.weight": (4, 320)}, "a LoRA, not a model"),
     (ALL, {"down_blocks.0.attn1.processor.to_q_lora.down.weight": (4, 320)}, "a LoRA, not a"),
-    (ALL, {"unet.down_blocks.0.to_q.lora.up.weight": (4, 320)}, "a LoRA, not a model"),
     (ALL, {"x_attn1_to_q.hada_w1_a": (4, 320)}, "a LoRA, not a model"),
     (ALL, {"x_attn1_to_q.lokr_w1": (4, 320)}, "a LoRA, not a model"),
     (ALL, {"down_blocks.0.motion_modules.0.norm.weight": (320,)}, "AnimateDiff"),
@@ -636,12 +576,9 @@ REFUSED_FILES: list[tuple[str | None, Shapes, str]] = [
     (VAE_, {}, "has no VAE: "),
     (TEXT, {}, "has no text encoder: "),
     # tensors that are missing, unknown or of another shape
-    (UNET + "out.2.bias", {}, "lacks 1 .* conv_out.bias"),
     (CONV_IN, {}, "lacks 1 .* conv_in.weight"),
     (MIDDLE, {}, "lacks 26 .* mid_block.attentions.0.norm"),
-    (UNET + "input_blocks.1.", {}, "lacks"),
     (VAE_ + "quant_conv.bias", {}, "lacks 1 .* quant_conv"),
-    (VAE_ + "encoder.", {}, "lacks"),
     (TEXT + "text_model.final_layer_norm.bias", {}, "lacks 1 .* final_layer_norm.bias"),
     (EMBEDDING, {}, "cross_attention_dim = 128.* width, 768"),
     (POSITION, {}, "lacks 1 .*position_emb"),
@@ -651,7 +588,6 @@ REFUSED_FILES: list[tuple[str | None, Shapes, str]] = [
     (None, {TEXT + "extra.weight": (3,)}, "extra.weight: load"),
     (None, {UNET + "input_blocks.1.1.proj_in.lora.down.weight": (4, 32)}, "beyond.*lora.down"),
     (None, {UNET + "out.2.weight": (4, 32, 1, 1)}, r"shape \(4, 32, 1, 1\) .* \(4, 32, 3, 3\)"),
-    (None, {UNET + "out.2.weight": (4, 32, 3, 3, 1, 1, 1)}, r"shape \(4, 32, 3, 3, 1, 1, 1\)"),
     (None, {VAE_ + "quant_conv.bias": (7,)}, r"\(7,\).*\(8,\)"),
     (None, {TEXT + "text_model.final_layer_norm.bias": (7,)}, r"\(7,\).*\(128,\)"),
     (CONV_IN, {CONV_IN + ":I8": (32, 4, 3, 3)}, "in I8 and not in floating point"),
@@ -684,19 +620,12 @@ def test_what_a_single_file_may_hold_besides(layouts, tmp_path):
     load_on_cpu(write_sparse(tmp_path / "model.safetensors", shapes))
 
 
-@pytest.mark.parametrize(
-    "added, kind",
-    [
-        ({LORA: (4, 320)}, "a LoRA"),
-        ({"control_model.input_hint_block.0.weight": (16, 3, 3, 3)}, "a ControlNet"),
-        (OPTIMIZER, "an optimizer's state"),
-    ],
-)
+@pytest.mark.parametrize("added, kind", [({LORA: (4, 320)}, "a LoRA"), (OPTIMIZER, "an optim")])
 def test_what_is_left_out_beside_a_whole_model_is_said(layouts, truth, tmp_path, added, kind):
     """A stray tensor does not make a LoRA of a model."""
     file = tmp_path / "model.safetensors"
     save_file(load_file(layouts["single"]) | {k: torch.ones(s) for k, s in added.items()}, file)
-    with pytest.warns(UserWarning, match=f"{file} has {kind} beside the model: it is left out"):
+    with pytest.warns(UserWarning, match=f"{file} has {kind}.* beside the model: it is left out"):
         model = load_on_cpu(file)
     assert torch.equal(model.unet.conv_in.weight, truth.states()["unet"]["conv_in.weight"])
 
@@ -706,7 +635,7 @@ def test_v_prediction_is_known_by_metadata_and_by_the_sidecar(layouts, tmp_path)
     file = tmp_path / "model.safetensors"
     write_sparse(file, shapes, **{"modelspec.prediction_type": "v"})
     assert "prediction_type = v_prediction, as v-prediction models have" in refusal(file)
-    load_on_cpu(write_sparse(file, shapes, **{"modelspec.prediction_type": "epsilon"}))
+    write_sparse(file, shapes, **{"modelspec.prediction_type": "epsilon"})
     sidecar = tmp_path / "model.yaml"
     sidecar.write_text('model:\n  params:\n    parameterization: "v"\n    linear_start: 0.00085\n')
     assert "v-prediction" in refusal(file)
@@ -720,21 +649,16 @@ XL = [None, "CLIPTextModel"]
 # (part, field, value, part of the message; the default is "field = value")
 REFUSED_CONFIGS: list[tuple[str, str, Any, str]] = [
     ("unet", "in_channels", 9, "in_channels = 9, as inpainting"),
-    ("unet", "in_channels", [], r"in_channels = \[\], where"),
     ("unet", "use_linear_projection", True, "as Stable Diffusion 2.x have"),
     ("unet", "attention_head_dim", [5, 10, 20, 20], "as Stable Diffusion 2.x have"),
     ("unet", "attention_head_dim", 7, "attention_head_dim = 7, where"),
     ("unet", "cross_attention_dim", 1024, "as Stable Diffusion 2.x have.*width, 128"),
     ("unet", "addition_embed_type", "text_time", "as Stable Diffusion XL have"),
-    ("unet", "addition_embed_type", "text", "addition_embed_type = text, where"),
     ("unet", "time_cond_proj_dim", 256, r"few steps \(LCM\)"),
     ("unet", "mid_block_type", None, "BK-SDM"),
-    ("unet", "mid_block_type", "UNetMidBlock2DSimpleCrossAttn", "SimpleCrossAttn, where"),
     ("unet", "class_embed_type", "timestep", ""),
     ("unet", "norm_num_groups", 7, "don't go together"),
-    ("unet", "block_out_channels", "wide", ""),
     ("unet", "block_out_channels", [], r"block_out_channels = \[\]"),
-    ("unet", "block_out_channels", [-32, 64], r"\[-32, 64\]"),
     ("unet", "block_out_channels", [32, 64, 96], "beyond those|lacks"),
     ("unet", "block_out_channels", [32, 64, 128, 128], "of shape .* ask for"),
     ("unet", "block_out_channels", [32] * 5000, "asks for 10000 layers"),
@@ -743,8 +667,6 @@ REFUSED_CONFIGS: list[tuple[str, str, Any, str]] = [
     ("unet", "only_cross_attention", [False, True], "only_cross_attention"),
     ("unet", "layers_per_block", 3, "lacks"),
     ("unet", "layers_per_block", [1, 2, 2, 2], r"layers_per_block = \[1, 2"),
-    ("unet", "layers_per_block", True, ""),
-    ("unet", "layers_per_block", 10**9, ""),
     ("unet", "layers_per_block", 2**16, "asks for 262144 layers, and .* has"),
     ("unet", "sample_size", "large", ""),
     ("unet", "sample_size", [64, 64, 3], r"sample_size = \[64, 64, 3\]"),
@@ -754,23 +676,16 @@ REFUSED_CONFIGS: list[tuple[str, str, Any, str]] = [
     ("vae", "block_out_channels", [32, 64, 64], "beyond those|lacks"),
     ("vae", "layers_per_block", 2000, "asks for 8000 layers"),
     ("text_encoder", "model_type", "bert", "model_type = bert, where .* has clip_text_model"),
-    ("text_encoder", "model_type", "xlm-roberta", "model_type = xlm-roberta, where"),
-    ("text_encoder", "model_type", "t5", "model_type = t5, where"),
     ("text_encoder", "hidden_act", "gelu", "as Stable Diffusion 2.x have"),
-    ("text_encoder", "hidden_act", "relu", "hidden_act = relu, where"),
     ("text_encoder", "layer_norm_eps", 1e-6, "layer_norm_eps = 1e-06"),
     ("text_encoder", "hidden_size", 64, "cross_attention_dim = 128.*width, 64"),
     ("text_encoder", "intermediate_size", 512, r"shape \(256,\) where .* \(512,\)"),
     ("text_encoder", "num_hidden_layers", 3, "lacks 16"),
-    ("text_encoder", "num_hidden_layers", -1, ""),
     ("text_encoder", "num_hidden_layers", 65536, "asks for 65536 layers"),
-    ("text_encoder", "num_hidden_layers", 10**7, ""),
-    ("text_encoder", "num_attention_heads", "two", ""),
     ("text_encoder", "num_attention_heads", 3, ""),
     ("text_encoder", "max_position_embeddings", 248, ""),
     ("text_encoder", "vocab_size", 700, r"shape \(1050, 128\) where .* \(700, 128\)"),
     ("scheduler", "prediction_type", "v_prediction", "as v-prediction models have"),
-    ("scheduler", "prediction_type", "sample", "prediction_type = sample, where"),
     ("scheduler", "beta_schedule", "linear", ""),
     ("scheduler", "trained_betas", [0.1], "trained_betas"),
     ("scheduler", "rescale_betas_zero_snr", True, ""),
@@ -778,14 +693,10 @@ REFUSED_CONFIGS: list[tuple[str, str, Any, str]] = [
     ("scheduler", "beta_start", 1e300, r"beta_start = 1e\+300"),
     ("scheduler", "set_alpha_to_one", "no", ""),
     ("scheduler", "num_train_timesteps", 0, ""),
-    ("scheduler", "timestep_spacing", ["leading"], "timestep_spacing = "),
-    ("defaults", "words", 5, ""),
     ("defaults", "words", [1, 2], r"words = \[1, 2\]"),
     ("defaults", "scheduler", ["ddim"], "scheduler = "),
-    ("defaults", "scheduler", {}, "scheduler = {}"),
     ("defaults", "scheduler", "euler", ""),
     ("defaults", "num_inference_steps", 0, ""),
-    ("defaults", "num_inference_steps", True, ""),
     ("defaults", "guidance_scale", "high", ""),
     ("defaults", "cross_replace_steps", 1.5, ""),
     ("defaults", "self_replace_steps", [0.5], r"self_replace_steps = \[0.5\]"),
@@ -830,24 +741,18 @@ def test_folders_with_these_configs_are_refused(folder, monkeypatch, file, field
 
 
 # Fields with which diffusers loads a folder as well: (part, fields)
+LEVELS = {"only_cross_attention": [False] * 4, "layers_per_block": [2] * 4}
+LEVELS |= {"transformer_layers_per_block": [1] * 4, "attention_head_dim": [8] * 4}
 ACCEPTED_CONFIGS: dict[str, tuple[str, dict[str, Any]]] = {
     "clip skip": ("text_encoder", {"num_hidden_layers": 1}),
     "no layer at all": ("text_encoder", {"num_hidden_layers": 0}),
-    "upcast": ("unet", {"upcast_attention": True}),
-    "fields for each level": (
-        "unet",
-        {"only_cross_attention": [False] * 4, "layers_per_block": [2] * 4}
-        | {"transformer_layers_per_block": [1] * 4, "attention_head_dim": [8] * 4},
-    ),
-    "fields of training": ("text_encoder", {"attention_dropout": 0.5, "projection_dim": 7}),
-    "training's dropout": ("unet", {"dropout": 0.5}),
-    "upcast of the VAE": ("vae", {"force_upcast": False}),
+    "fields for each level": ("unet", LEVELS | {"upcast_attention": True, "dropout": 0.5}),
 }
 
 
 @pytest.mark.parametrize("part, fields", ACCEPTED_CONFIGS.values(), ids=ACCEPTED_CONFIGS)
 def test_folders_are_loaded_as_diffusers_loads_them(folder, part, fields):
-    prompt, settings = "a photo of a cat", dict(num_inference_steps=3, height=64, width=64)
+    prompt, settings = "a photo of a cat", dict(num_inference_steps=2, height=64, width=64)
     whole = generate(load(folder, device="cpu"), prompt, seed=7, **settings).latents
     edit_json(folder / part / "config.json", **fields)
     model = load(folder, device="cpu")
@@ -869,21 +774,16 @@ U = "unet/diffusion_pytorch_model.safetensors"
 # (file, what becomes of it: a new name, None for nothing, or bytes; part of the message)
 REFUSED_FOLDERS: list[tuple[str, str | bytes | None, str]] = [
     (U, "unet/diffusion_pytorch_model.bin", "pickles.*version"),
-    (U, "unet/diffusion_pytorch_model.safetensors.index.json", "in shards"),
     (U, "unet/diffusion_pytorch_model.non_ema.safetensors", "a diffusers folder has"),
     (U, "model.safetensors", "one of the single files"),
     (U, None, "has no unet/diffusion_pytorch_model.safetensors"),
     ("vae/config.json", None, "has no vae/config.json"),
-    ("unet", None, "has no unet/.*a diffusers folder has"),
     ("tokenizer", None, "holds no tokenizer"),
     ("tokenizer/tokenizer.json", b"{}", "tokenizer.* can't be read"),
     ("unet/config.json", b"{", "it is not JSON"),
-    ("unet/config.json", b"\xff\xff", "not JSON"),
     ("unet/config.json", b"[" * 100_000, "not JSON"),
     ("unet/config.json", b"[]", "not a table"),
-    ("model_index.json", b"<html>", "not JSON"),
     (U, b"version https://git-lfs.github.com/spec", "git lfs pull"),
-    (U, b"PK\x03\x04" * 20, "pickle"),
 ]
 
 
@@ -1052,14 +952,12 @@ def with_a_token(folder: Path) -> None:
     save_file(state, file)
 
 
-@pytest.mark.parametrize("layout", ["diffusers", "diffusers_old", "added token", "both", "none"])
+@pytest.mark.parametrize("layout", ["both", "none"])
 def test_the_hub_gives_the_local_model(hub, layouts, tmp_path, layout):
     """A token in added_tokens.json was not asked for, and the model refused."""
-    source = layouts["diffusers" if layout == "diffusers" else "diffusers_old"]
-    repository = Path(shutil.copytree(source, tmp_path / "repository"))
-    if layout in ("added token", "both"):
-        with_a_token(repository)
+    repository = Path(shutil.copytree(layouts["diffusers_old"], tmp_path / "repository"))
     if layout == "both":  # as a newer transformers saves it beside the files of before
+        with_a_token(repository)
         tokenizer = transformers.CLIPTokenizerFast.from_pretrained(repository / "tokenizer")
         tokenizer.save_pretrained(repository / "tokenizer")
     if layout == "none":  # the barest: no configs of the tokenizer's
@@ -1071,7 +969,7 @@ def test_the_hub_gives_the_local_model(hub, layouts, tmp_path, layout):
     prompt = "a photo of <cat-toy> and a cat"
     ids = tokenize(remote.tokenizer, prompt).ids
     assert ids == tokenize(local.tokenizer, prompt).ids
-    assert (1050 in ids) == (layout in ("added token", "both"))
+    assert (1050 in ids) == (layout == "both")
     assert len(remote.tokenizer) == len(local.tokenizer)
     present = {f"tokenizer/{file.name}" for file in (repository / "tokenizer").iterdir()}
     (request,) = hub.requests
@@ -1114,11 +1012,8 @@ def test_repositories_without_usable_weights_are_refused_before_a_download(hub):
     assert not hub.requests
 
 
-OFFLINE = [errors.OfflineModeIsEnabled("HF_HUB_OFFLINE is set"), ConnectionError("no network")]
-
-
-@pytest.mark.parametrize("error", OFFLINE, ids=lambda error: type(error).__name__)
-def test_without_a_network_the_cache_serves(hub, layouts, error):
+def test_without_a_network_the_cache_serves(hub, layouts):
+    error = errors.OfflineModeIsEnabled("HF_HUB_OFFLINE is set")
     hub.down = error
     message = refusal(REPO)
     assert f"{REPO} can't be loaded" in message and type(error).__name__ in message
@@ -1146,8 +1041,9 @@ def test_errors_of_the_hub(hub, layouts, kind, part):
     assert part in refusal(REPO)
     hub.down = hub_exception(kind)  # while asking
     assert part in refusal(REPO)
-    hub.fill_cache(REPO, layouts["diffusers"])
-    load(REPO, device="cpu")  # a repository may be gone and the cache still have it
+    if kind is errors.RepositoryNotFoundError:  # and the cache still has it
+        hub.fill_cache(REPO, layouts["diffusers"])
+        load(REPO, device="cpu")
     hub.down = hub_exception(errors.RepositoryNotFoundError)
     message = refusal("runwayml/stable-diffusion-v1-5")
     assert "take stable-diffusion-v1-5/stable-diffusion-v1-5" in message
@@ -1171,80 +1067,51 @@ def test_the_tokenizer_of_a_single_file(hub, layouts, capsys):
 # --- mutated headers ------------------------------------------------------------------------------
 
 
-def small_file(path: Path, levels: int) -> Path:
-    """Write a whole single file with one layer a block, small enough to be written often."""
-    with torch.device("meta"):
-        unet = UNet((32,) * levels, 1, 64, heads=8)
-        vae = VAE((32,) * levels, 1)
-        text = TextEncoder(8, 64, 96, num_hidden_layers=1, num_attention_heads=1)
-    shapes = {ldm_unet_name(k, n=1): tuple(t.shape) for k, t in unet.state_dict().items()}
-    for name, tensor in vae.state_dict().items():
-        is_1x1 = "attentions" in name and tensor.ndim == 2
-        shapes[ldm_vae_name(name, levels)] = (*tensor.shape, 1, 1) if is_1x1 else (*tensor.shape,)
-    shapes |= {f"{TEXT}text_model.{k}": tuple(t.shape) for k, t in text.state_dict().items()}
-    return write_sparse(path, shapes, "F16", format="pt")
-
-
 VALUES = [None, 0, -1, 2**64, 1.5, True, "F32", "I16", "BF16", [], {}, [None], [[0]], [0, 0]]
 ENTRIES = [None, 1, [], {}, "text", {"dtype": "F16"}, {"format": "pt"}]
 LENGTHS = [0, 1, 2, 2**31, 2**63, 10**8 + 1]
-PIECES = ["0", "1", "7", "999", "x", "op", "conv", ""]
+NAMES = ["", ".x", "\ud800", "\0", "\n", "9" * 5000, "__metadata__", "v_pred", "lora_unet_x"]
 
 
-def mutate(rng: random.Random, header: bytes, size: int) -> tuple[bytes, bytes, int]:
-    """Return the eight bytes of the length, the header, and the size of the file."""
-    prefix = len(header).to_bytes(8, "little")
-    kind = rng.randrange(8)
-    if kind == 0:  # some bytes flipped
+def mutate(rng: random.Random, header: bytes, size: int) -> tuple[int, bytes, int]:
+    """Return a length to write before the header, the header, and the size of the file."""
+    kind = rng.choice(["bytes", "length", "size", "name", "value", "lost", "entry"])
+    if kind == "bytes":
         flipped = bytearray(header)
         for _ in range(rng.choice((1, 1, 2, 10, 1000))):
             flipped[rng.randrange(len(header))] ^= 1 << rng.randrange(8)
-        return prefix, bytes(flipped), size
-    if kind == 1:  # another length
-        length = rng.choice([*LENGTHS, len(header) - 1, len(header) + 8])
-        return length.to_bytes(8, "little"), header, size
-    if kind == 2:  # cut off, or longer
-        return prefix, header, rng.choice((rng.randrange(size), size - 1, size + 1, size + 999))
-    if kind == 3:  # a piece is missing, or there twice
-        a, b = sorted(rng.randrange(len(header)) for _ in range(2))
-        changed = header[:a] + header[b:] if rng.random() < 0.5 else header[:b] + header[a:]
-        return len(changed).to_bytes(8, "little"), changed, size - len(header) + len(changed)
+        return len(header), bytes(flipped), size
+    if kind == "length":
+        return rng.choice([*LENGTHS, len(header) - 1, len(header) + 8]), header, size
+    if kind == "size":
+        return len(header), header, rng.choice((rng.randrange(size), size - 1, size + 1))
     table = json.loads(header)
     name, other = rng.choice(list(table)), rng.choice(list(table))
-    entry = table[name]
-    if kind == 4:  # renamed
-        pieces = name.split(".")
-        pieces[rng.randrange(len(pieces))] = rng.choice(PIECES)
-        new = other + rng.choice(["", ".x", "\ud800", "\0", "\n", "9" * 5000])
-        table[rng.choice([new, ".".join(pieces)])] = table.pop(name)
-    elif kind == 5:  # another value
-        field = rng.choice(["dtype", "shape", "data_offsets"] * 3 + ["more"])
-        old, values = entry.get(field, "F16"), list(VALUES)
-        if isinstance(old, list) and old:
-            values += [old[::-1], old[1:], [*old, 1], [0, *old], [n * 2 for n in old]]
-        entry[field] = rng.choice(values)
-    elif kind == 6:  # lost, or two changed places
-        if rng.random() < 0.8:
-            del table[name]
-        else:
-            table[name], table[other] = table[other], table[name]
-    else:  # another entry altogether
-        key = rng.choice([name, "__metadata__", "v_pred", "", "lora_unet_x"])
-        table[key] = rng.choice(ENTRIES)
+    if kind == "name":
+        table[rng.choice([other, name, ""]) + rng.choice(NAMES)] = table.pop(name)
+    elif kind == "value":
+        field = rng.choice(["dtype", "shape", "data_offsets"])
+        old = table[name].get(field)
+        near = [old[::-1], old[1:], [*old, 1], [n * 2 for n in old]] if type(old) is list else []
+        table[name][field] = rng.choice(VALUES + near)
+    elif kind == "lost":
+        del table[name]
+    else:
+        table[rng.choice([name, *NAMES])] = rng.choice(ENTRIES)
     changed = json.dumps(table).encode()
-    return len(changed).to_bytes(8, "little"), changed, size - len(header) + len(changed)
+    return len(changed), changed, size - len(header) + len(changed)
 
 
 @pytest.mark.filterwarnings("ignore:.*it is left out")
-@pytest.mark.parametrize("levels", [1, 2])
-@pytest.mark.parametrize("examples", [250, pytest.param(5000, marks=pytest.mark.slow)])
-def test_a_mutated_header_is_loaded_or_refused(tmp_path, monkeypatch, levels, examples):
-    monkeypatch.setattr(weights.clip, "load_tokenizer", lambda folder: range(8))
+@pytest.mark.parametrize("examples", [100, pytest.param(5000, marks=pytest.mark.slow)])
+def test_a_mutated_header_is_loaded_or_refused(layouts, tmp_path, monkeypatch, examples):
+    tokenizer = weights.clip.load_tokenizer(EMOJI_TOKENIZER)
+    monkeypatch.setattr(weights.clip, "load_tokenizer", lambda folder: tokenizer)
     for kind in (UNet, VAE, TextEncoder):  # or else most of the time would go into building them
         once = functools.cache(kind)
         call = lambda once=once, **sizes: once(**{k: hashable(v) for k, v in sizes.items()})  # noqa: E731
         monkeypatch.setattr(build, kind.__name__, call)
-    file = small_file(tmp_path / "model.safetensors", levels)
+    file = write_sparse(tmp_path / "model.safetensors", shapes_of(layouts["single"]), format="pt")
     load(file, tokenizer=tmp_path, device="cpu")
     size, outcomes = file.stat().st_size, Counter[str]()
     with file.open("rb") as stream:
@@ -1253,9 +1120,10 @@ def test_a_mutated_header_is_loaded_or_refused(tmp_path, monkeypatch, levels, ex
     @hypothesis.settings(max_examples=examples)
     @hypothesis.given(strategies.integers(0, 2**32))
     def check(seed: int) -> None:
-        prefix, changed, new_size = mutate(random.Random(seed), header, size)
+        length, changed, new_size = mutate(random.Random(seed), header, size)
         with file.open("r+b") as stream:
-            stream.write(prefix + changed + bytes(64))  # zeros over the rest of a longer one
+            # Zeros stand over the rest of a longer header.
+            stream.write(length.to_bytes(8, "little") + changed + bytes(64))
             stream.truncate(new_size)
         try:
             load(file, tokenizer=tmp_path, device="cpu")

@@ -12,14 +12,13 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from PIL import Image, ImageFilter
+from PIL import Image
 from torch.nn import functional as F
 
 import minip2p
-from minip2p import metrics
 from world import bench, detector, figures, parts, scenes, shared
 from world.__main__ import run
-from world.glyphs import CELL, GLYPHS, THIN, glyph
+from world.glyphs import CELL, GLYPHS, glyph
 from world.scenes import FULL, SMALL, WORLDS, Scene, draw, sample
 
 # What the bundled model must reach on EmojiBench's fixed items: part, row, column → at least. One
@@ -80,13 +79,13 @@ def test_the_sheet_has_every_glyph_once():
 DIGEST = """
 import hashlib
 from world.scenes import FULL, draw, sample
-found = hashlib.sha256()
+digest = hashlib.sha256()
 for seed in range(24):
     drawn = draw(sample(FULL, seed), 64)
-    found.update(sample(FULL, seed).caption.encode() + drawn.image.tobytes())
+    digest.update(sample(FULL, seed).caption.encode() + drawn.image.tobytes())
     for noun, mask in drawn.masks.items():
-        found.update(noun.encode() + mask.tobytes())
-print(found.hexdigest())
+        digest.update(noun.encode() + mask.tobytes())
+print(digest.hexdigest())
 """
 
 
@@ -112,12 +111,12 @@ CAPTION = re.compile(
 
 @worlds
 def test_captions_are_grammatical_and_of_the_worlds_words(world):
-    captions = {sample(world, seed, held_out=None).caption for seed in range(3000)}
+    captions = {sample(world, seed, held_out=None).caption for seed in range(1000)}
     for caption in captions:
         assert CAPTION.fullmatch(caption), caption
         assert not re.search(r"\ba (\w+ )?spaghetti", caption)
-    said = {word for caption in captions for word in caption.split()}
-    assert said == set(world.words)
+    words = {word for caption in captions for word in caption.split()}
+    assert words == set(world.words)
 
 
 def test_the_prompts_of_the_homework_can_be_said():
@@ -133,7 +132,7 @@ def test_the_prompts_of_the_homework_can_be_said():
 @pytest.mark.parametrize("style", ["", "painting"])
 @pytest.mark.parametrize("noun", ["bicycle", "car", "motorcycle", "sofa"])
 def test_a_colour_that_is_asked_for_is_that_of_the_thing(noun, style):
-    """Its channel is the strongest in all that can be seen of the thing, tyres and all."""
+    """The channel is the strongest in all that is seen of the thing, tyres and all."""
     relation = "sitting on" if noun == "sofa" else "riding"
     for layout in range(6):
         for channel, adjective in enumerate(("red", "green", "blue")):
@@ -141,14 +140,6 @@ def test_a_colour_that_is_asked_for_is_that_of_the_thing(noun, style):
             drawn = draw(scene)
             color = np.asarray(drawn.image)[drawn.masks[noun] > 0.5].mean(axis=0)
             assert color[channel] > np.delete(color, channel).max() + 15, (scene, color)
-
-
-def test_lines_of_thin_things_are_drawn_wider():
-    """Half of a thickened glyph is left when two pixels are taken from all its edges."""
-    for name in THIN:
-        alpha = glyph(name).getchannel("A").point(lambda v: 255 * (v > 128))
-        core = alpha.filter(ImageFilter.MinFilter(3))
-        assert np.asarray(core).sum() > 0.55 * np.asarray(alpha).sum(), name
 
 
 @worlds
@@ -174,11 +165,11 @@ def test_masks_are_where_the_picture_shows_the_thing():
         other = replace(scene, subject="owl" if scene.subject != "owl" else "lion")
         a, b = draw(scene), draw(other)
         change = np.abs(np.asarray(a.image, float) - np.asarray(b.image, float)).mean(axis=2)
-        both = a.masks[scene.subject] + b.masks[other.subject]
+        masks = a.masks[scene.subject] + b.masks[other.subject]
         # Shadows and filters reach a little farther.
-        covered = torch.tensor(both > 0.01).float()[None]
+        covered = torch.tensor(masks > 0.01).float()[None]
         near = F.max_pool2d(covered, 33, stride=1, padding=16)[0].numpy() > 0
-        assert change[both > 0.9].mean() > 4 * change[~near].mean() + 4
+        assert change[masks > 0.9].mean() > 4 * change[~near].mean() + 4
 
 
 def test_a_layout_is_free_of_its_caption():
@@ -197,7 +188,7 @@ def test_a_layout_is_free_of_its_caption():
 
 @worlds
 def test_held_out_pairs_are_never_sampled_for_training(world):
-    trained = [sample(world, seed) for seed in range(4000)]
+    trained = [sample(world, seed) for seed in range(1500)]
     held_out = [sample(world, seed, held_out=True) for seed in range(400)]
     assert not any(scene.held_out for scene in trained) and all(s.held_out for s in held_out)
     pairs, others = ({(s.subject, s.object) for s in group} for group in (trained, held_out))
@@ -225,10 +216,10 @@ def test_things_that_are_spoilt_are_no_longer_told():
     judge = detector.Detector(SMALL)
     renders = detector.render(judge, range(450_000, 450_012))
     x, nouns = renders.pictures / 127.5 - 1, renders.nouns.float()
-    spoilt, told = detector.spoil(x, nouns, torch.Generator().manual_seed(0))
-    before, after = nouns.amax(dim=(2, 3)).sum(dim=1), told.amax(dim=(2, 3)).sum(dim=1)
+    spoilt, labels = detector.spoil(x, nouns, torch.Generator().manual_seed(0))
+    before, after = nouns.amax(dim=(2, 3)).sum(dim=1), labels.amax(dim=(2, 3)).sum(dim=1)
     assert (after[:6] == 0).all() and (after[6:] == before[6:] - 1).all()
-    lost = F.interpolate((nouns - told).amax(dim=1, keepdim=True), (128, 128))
+    lost = F.interpolate((nouns - labels).amax(dim=1, keepdim=True), (128, 128))
     far = F.max_pool2d(lost, 65, stride=1, padding=32) == 0
     change = (spoilt - x).abs().mean(dim=1, keepdim=True)
     assert change[6:][far[6:]].max() == 0 and change[6:][lost[6:] > 0].mean() > 0.05
@@ -240,11 +231,11 @@ def test_an_earlier_world_is_one_of_another_checkout(tmp_path):
         detector.earlier(tmp_path)
     drawing = detector.earlier(ROOT)
     assert drawing.draw is not draw  # a module of its own, which draws the same here
-    one, other = (
+    renders, others = (
         detector.render(detector.Detector(SMALL), range(2), where) for where in (drawing, scenes)
     )
-    both = detector.both(one, other)
-    assert torch.equal(both.pictures[:2], both.pictures[2:]) and len(both.scenes) == 4
+    pairs = detector.both(renders, others)
+    assert torch.equal(pairs.pictures[:2], pairs.pictures[2:]) and len(pairs.scenes) == 4
 
 
 @pytest.mark.slow
@@ -289,14 +280,6 @@ def test_what_is_outside_of_a_region_is_compared_alone():
     assert all(np.isnan(bench.outside(image, changed, torch.ones_like(region))))
 
 
-def test_ssim_is_one_for_equals_and_falls_with_noise():
-    x = detector.to_tensor([draw(Scene("lion", layout=1), 64).image]) / 2 + 0.5
-    noise = torch.randn(x.shape, generator=torch.Generator().manual_seed(0))
-    scores = [metrics.ssim(x, x + amount * noise).mean().item() for amount in (0, 0.02, 0.1, 0.5)]
-    assert scores[0] == pytest.approx(1) and sorted(scores, reverse=True) == scores
-    assert scores[-1] < 0.2
-
-
 def test_gradient_energy_is_the_squared_slope():
     ramp = torch.arange(8.0).expand(1, 3, 8, 8) / 4
     assert parts.gradient_energy(ramp).tolist() == pytest.approx([1 / 16])
@@ -305,21 +288,11 @@ def test_gradient_energy_is_the_squared_slope():
     assert parts.gradient_energy(detector.blurred(steps, 2.0)) < parts.gradient_energy(steps) / 4
 
 
-def test_the_frechet_distance_of_known_distributions():
-    """Of means m and covariances C and D that commute: |m|² + |C^½ - D^½|² (Frobenius)"""
-    signs = torch.tensor([[1.0, 1], [1, -1], [-1, 1], [-1, -1]]) * (3 / 4) ** 0.5  # covariance I
-    turn = torch.tensor([[0.8, -0.6], [0.6, 0.8]])
-    a, b = signs * torch.tensor([1.0, 3]) @ turn, signs * torch.tensor([2.0, 5]) @ turn + 1
-    assert metrics.frechet(a, a) == pytest.approx(0, abs=1e-6)
-    assert metrics.frechet(a, b) == pytest.approx(2 + 1 + 4, rel=1e-6)
-    assert metrics.frechet(a, b) == pytest.approx(metrics.frechet(b, a), rel=1e-6)
-
-
 def test_a_figure_of_all_items_has_an_interval():
     values = torch.arange(100.0)
-    found = figures.together(lambda v: float(v.mean()), values)
-    assert found.value == 49.5 and found.high - 49.5 == pytest.approx(1.96 * 2.89, rel=0.2)
-    assert figures.figure("any", [found]) is found
+    figure = figures.together(lambda v: float(v.mean()), values)
+    assert figure.value == 49.5 and figure.high - 49.5 == pytest.approx(1.96 * 2.89, rel=0.2)
+    assert figures.figure("any", [figure]) is figure
 
 
 def test_the_page_shows_seeds_in_order_as_they_come(tmp_path, monkeypatch):
@@ -358,12 +331,13 @@ def test_a_map_is_localised_by_its_peak_and_its_half():
     drawn = draw(Scene("lion", layout=1), 64)
     mask = torch.from_numpy(drawn.masks["lion"]).unflatten(0, (16, 4)).unflatten(2, (16, 4))
     heat = mask.mean(dim=(1, 3))
-    found = bench.localised(heat, drawn, "lion")
-    assert found["peak in box"] and found["IoU"] == 1 and 0.05 < found["chance"] < 0.6
-    found = bench.localised(1 - heat, drawn, "lion")
-    assert not found["peak in box"] and found["IoU"] < 0.1
+    figure = bench.localised(heat, drawn, "lion")
+    assert figure["peak in box"] and figure["IoU"] == 1 and 0.05 < figure["chance"] < 0.6
+    figure = bench.localised(1 - heat, drawn, "lion")
+    assert not figure["peak in box"] and figure["IoU"] < 0.1
 
 
+@pytest.mark.slow
 def test_shares_of_a_part_are_the_whole_of_it():
     """As they are made by several workers: the same items with the same figures, each once."""
     judge = shared.Judge("emoji", True, 1, None)
