@@ -118,10 +118,10 @@ def make_run(options: argparse.Namespace) -> Run:
     if not any(is_given(options, name) for name in ("prompt", *AN_EDIT, *A_PICTURE)):
         example = {"prompt": EXAMPLE[0], "swap": [EXAMPLE[1]], "baseline": True}
         options = argparse.Namespace(**vars(options) | example)
-    for names, (needed, what) in NEEDS.items():
-        has_it = any(is_given(options, name) and getattr(options, name) != "" for name in needed)
+    for names, (needed, remedy) in NEEDS.items():
+        is_there = any(is_given(options, name) and getattr(options, name) != "" for name in needed)
         for name in names:
-            check(has_it or not is_given(options, name), f"{option_of(name)} needs {what}.")
+            check(is_there or not is_given(options, name), f"{option_of(name)} needs {remedy}.")
     prompt = options.prompt
     for target in options.to:
         check(target.strip(), f"--to takes a prompt, not {target!r}.")

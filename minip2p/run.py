@@ -107,8 +107,8 @@ class Run:
         check_table(data, [*(field.name for field in fields(cls)), "callers_own"], "a run")
         lacking = ", ".join(map(str, data.get("callers_own") or ()))
         check(not lacking, f"This run can't be repeated from its record, which lacks {lacking}.")
-        check("prompts" in data, "A run needs prompts, and there are none.")
-        settings = {name: v for name, v in data.items() if v not in (None, [])}
+        settings = {name: value for name, value in data.items() if value is not None}
+        check("prompts" in settings, "A run needs prompts, and there are none.")
         edits = settings.get("edits", ())
         check(isinstance(edits, list | tuple), f"edits is a list, not {describe(edits)}.")
         settings["edits"] = [edit_from_dict(edit) for edit in edits]

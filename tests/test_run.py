@@ -113,6 +113,8 @@ def test_how_a_picture_is_inverted_is_in_the_id(tmp_path: Path):
     [
         ([], "A run is a dictionary"),
         ({}, "needs prompts"),
+        ({"prompts": None}, "needs prompts"),
+        ({"prompts": []}, "Give a prompt"),
         ({"prompts": CAT, "sed": 1}, "no 'sed' in a run"),
         ({"prompts": [CAT, 3]}, "A prompt is a string"),
         ({"prompts": [CAT] * 1000}, "at most 256"),

@@ -179,10 +179,10 @@ def read_run(values: Settings, folder: Path) -> StudyRun:
             settings[key] = value
     check("prompt" in settings, "prompt: every run needs a prompt, and there is none")
     check(not {"swap", "to"} <= settings.keys(), "to: swap and to both give the edited prompt")
-    for keys, (needed, what) in NEEDS.items():
+    for keys, (needed, remedy) in NEEDS.items():
         for key in keys:
-            has_it = key not in settings or settings.keys() & needed
-            check(has_it, f"{key}: it needs {what}")
+            is_useful = key not in settings or settings.keys() & needed
+            check(is_useful, f"{key}: it needs {remedy}")
     source = None
     if "image" in settings:
         method, image = settings.pop("method", "direct"), settings.pop("image")
