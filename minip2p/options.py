@@ -35,9 +35,10 @@ def make_parser() -> Parser:
     add("--model", help="emoji (the default), a folder, a .safetensors file or a hub id")
     add("--tokenizer", metavar="FOLDER", help="CLIP's tokenizer, for a single file")
     add("--ema", action=argparse.BooleanOptionalAction, help="which of a single file's two UNets")
-    steps, scale = BOUNDS["num_inference_steps"], BOUNDS["guidance_scale"]
-    add("--steps", dest="num_inference_steps", type=number(steps), help="number of inference steps")
-    add("--guidance", dest="guidance_scale", type=number(scale), help="guidance scale; 1 is none")
+    steps = {"type": number(BOUNDS["num_inference_steps"]), "metavar": "STEPS"}
+    scale = {"type": number(BOUNDS["guidance_scale"]), "metavar": "SCALE"}
+    add("--steps", dest="num_inference_steps", **steps, help="number of inference steps")
+    add("--guidance", dest="guidance_scale", **scale, help="guidance scale; 1 is none")
     undesired = "what the pictures should not show"
     add("--negative", dest="negative_prompt", metavar="PROMPT", help=undesired)
     add("--seed", type=number(BOUNDS["seed"]), help="seed of the noise; 8888 by default")
@@ -73,7 +74,7 @@ def make_parser() -> Parser:
     add("--method", choices=METHODS, help="method of inversion; direct by default")
     add("--skip", type=number(BOUNDS["skip"]), help="leave out the first steps: smaller changes")
     usual = "guidance scale of the inversion; by default --guidance with edit-friendly, else 1"
-    add("--inversion-guidance", dest="inversion_guidance_scale", type=number(scale), help=usual)
+    add("--inversion-guidance", dest="inversion_guidance_scale", **scale, help=usual)
     add("--put-back", action="store_true", help="also write each edit into the whole picture")
 
     add = parser.add_argument_group("a closer look").add_argument
