@@ -35,8 +35,8 @@ def make_parser() -> Parser:
     add("--model", help="emoji (the default), a folder, a .safetensors file or a hub id")
     add("--tokenizer", metavar="FOLDER", help="CLIP's tokenizer, for a single file")
     add("--ema", action=argparse.BooleanOptionalAction, help="which of a single file's two UNets")
-    steps = {"type": number(BOUNDS["num_inference_steps"]), "metavar": "STEPS"}
-    scale = {"type": number(BOUNDS["guidance_scale"]), "metavar": "SCALE"}
+    steps: dict[str, Any] = {"type": number(BOUNDS["num_inference_steps"]), "metavar": "STEPS"}
+    scale: dict[str, Any] = {"type": number(BOUNDS["guidance_scale"]), "metavar": "SCALE"}
     add("--steps", dest="num_inference_steps", **steps, help="number of inference steps")
     add("--guidance", dest="guidance_scale", **scale, help="guidance scale; 1 is none")
     undesired = "what the pictures should not show"

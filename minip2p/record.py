@@ -80,8 +80,8 @@ def edit_from_dict(data: Any) -> EditOfPrompt:
     if blend is not None:
         check_table(blend, BLEND_KEYS, "a blend")
         blend = LocalBlend(**blend)
-    names = "cross_replace_steps", "self_replace_steps"
-    edit = EDITS[kind](*(plain_windows(data.get(name)) for name in names), blend)
+    cross = plain_windows(data.get("cross_replace_steps"))
+    edit = EDITS[kind](cross, plain_windows(data.get("self_replace_steps")), blend)
     everywhere = data.get("everywhere", True)
     check(isinstance(everywhere, bool), f"everywhere is true or false, not {describe(everywhere)}.")
     return Reweight(weights, edit, everywhere) if weights else edit
