@@ -21,12 +21,12 @@ from PIL.PngImagePlugin import PngInfo
 from . import __version__
 from .edit import EditOfPrompt
 from .errors import UserError, check
+from .picture import PNG
 from .program import complain, say
 from .run import Run, edits_by_target, plain, swept_windows
 from .saved import write_files
 
 SOFTWARE = f"minip2p {__version__}, torch {torch.__version__}"
-PNG_SIGNATURE = b"\x89PNG\r\n\x1a\n"
 
 
 def png(image: Image.Image, texts: Mapping[str, Any], **options: Any) -> bytes:
@@ -129,7 +129,7 @@ def is_ours(path: Path) -> bool:
     try:
         with path.open("rb") as file:
             head = file.read(4096)
-        if not head.startswith(PNG_SIGNATURE):
+        if not head.startswith(PNG):
             return "<title>minip2p · ".encode() in head
         texts = read_png(path)[1]
     except (OSError, UserError):

@@ -167,7 +167,7 @@ MUTATIONS = [
              "pass", "test_schedulers.py -k distilled"),
     # Runs and sweeps
     Mutation("settings that are None change an id", "run.py",
-             "settled.items() if value is not None}", "settled.items()}",
+             "settled(weights).items() if v is not None}", "settled(weights).items()}",
              "test_run.py -k ids_stay"),
 ]  # fmt: skip
 

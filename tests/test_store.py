@@ -202,6 +202,14 @@ def test_a_file_that_contradicts_itself_is_damaged(saved, tmp_path, how):
     assert "\n" not in str(raised.value)
 
 
+def test_a_file_of_version_0_1_has_no_checksum(saved, tmp_path):
+    with safe_open(saved, "pt") as file:
+        metadata = file.metadata()
+    del metadata["sha256"]
+    save_file(load_file(saved), tmp_path / "old", metadata)
+    assert same(answers(AttentionStore.load(tmp_path / "old")), answers(AttentionStore.load(saved)))
+
+
 def test_other_files_are_named_in_one_sentence(saved, tmp_path):
     content = saved.read_bytes()
     files = {
