@@ -18,6 +18,7 @@ from __future__ import annotations
 
 import itertools
 import os
+import re
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any, cast
@@ -29,7 +30,7 @@ from torch import Tensor
 
 from . import picture, saved, text
 from .attention import CachedContext, Hook, Layer
-from .errors import UserError, check, describe, is_number
+from .errors import check, describe, is_number
 from .picture import Picture
 from .progress import tqdm
 from .scheduler import DDIM, make_scheduler
@@ -109,16 +110,22 @@ class Inversion:
     def load(cls, path: str | os.PathLike[str]) -> Inversion:
         """Read a file that `save` wrote. Raises UserError for any other or a damaged file."""
         content, tensors = saved.read(path, KIND)
+        check(
+            "model" not in tensors,
+            f"{path} is of an earlier version of minip2p, which did not record the model exactly: "
+            "invert the picture again.",
+        )
         try:
-            model, settings = content["model"], content["settings"]
-            seen, drawn = (
-                Image.fromarray(tensors[name].numpy()) for name in ("picture", "reconstruction")
-            )
-            whole = picture.read(seen, (settings["height"], settings["width"]))
-            trajectory, noises = tensors["trajectory"], tensors.get("noises")
-            return cls(trajectory, noises, whole, drawn, settings, model)
-        except (KeyError, TypeError):  # of an earlier version, which had no checksum
-            raise UserError(f"{path} is damaged: invert the picture again.") from None
+            model, settings = content["model"], read_settings(content["settings"])
+            is_sound = re.fullmatch("[0-9a-f]{16}", model) and fits(settings, tensors)
+        except (KeyError, TypeError, ValueError):
+            is_sound = False
+        check(is_sound, f"{path} is damaged: invert the picture again.")
+        seen, drawn = (
+            Image.fromarray(tensors[name].numpy()) for name in ("picture", "reconstruction")
+        )
+        whole = picture.read(seen, (settings["height"], settings["width"]))
+        return cls(tensors["trajectory"], tensors.get("noises"), whole, drawn, settings, model)
 
 
 class ReplayDDIM(DDIM):
@@ -305,3 +312,26 @@ def read_settings(settings: dict[str, Any]) -> dict[str, Any]:
         "Refinements are of DDIM's inverse steps, and edit-friendly takes none: leave them out.",
     )
     return settings | numbers
+
+
+def fits(settings: dict[str, Any], tensors: dict[str, Tensor]) -> bool:
+    """Tell whether the tensors of a file are those of an inversion with `settings`."""
+    height, width = settings["height"], settings["width"]
+    n = settings["num_inference_steps"] - settings["skip"]
+    h, w = tensors["trajectory"].shape[2:]
+    image, latents = ((height, width, 3), torch.uint8), torch.float32
+    expected = {
+        "picture": image,
+        "reconstruction": image,
+        "trajectory": ((n + 1, 4, h, w), latents),
+    }
+    if settings["method"] == "edit-friendly":
+        expected["noises"] = (n, 4, h, w), latents
+    return (
+        settings["fit"] in picture.FITS
+        and len(settings) == 10  # all of which are checked
+        and {name: (tuple(t.shape), t.dtype) for name, t in tensors.items()} == expected
+        and min(h, w) > 0
+        and (height % h, width % w, height * w) == (0, 0, width * h)
+        and all(bool(t.isfinite().all()) for t in tensors.values())
+    )

@@ -14,7 +14,7 @@ from torch import Tensor
 from . import saved
 from .align import LENGTH, Prompt, check_words
 from .attention import Hook, Layer
-from .errors import UserError, check, is_whole
+from .errors import check, is_whole
 from .linear_edit import LinearEdit
 
 PLACES = "down", "mid", "up"
@@ -204,22 +204,50 @@ class AttentionStore(Hook):
         try:
             store = AttentionStore(**content["options"])
             h, w = content["size"]
-            prompts = [
-                Prompt(p["text"], tuple(p["ids"]), tuple(map(tuple, p["spans"])), p["cut"])
-                for p in content["prompts"]
-            ]
-            store.begin(prompts, (h, w))
+            store.begin([_prompt(**prompt) for prompt in content["prompts"]], (h, w))
             store.calls = content["calls"]
-            layers = [Layer(*layer) for layer in content["sites"]]
-            store.maps = {layer: list(tensors[_name(layer)]) for layer in layers}
-            return store
-        except (KeyError, TypeError, ValueError):  # of an earlier version, which had no checksum
-            raise UserError(f"{path} is damaged: its maps do not fit its settings.") from None
+            layers = [_layer(*layer) for layer in content["sites"]]
+            store.maps = {layer: list(tensors.pop(_name(layer))) for layer in layers}
+            is_sound = all(is_whole(n) and n > 0 for n in (h, w, store.calls)) and not tensors
+            is_sound = is_sound and all(map(store._fits, layers))
+        except (AttributeError, KeyError, TypeError, ValueError, IndexError):
+            is_sound = False
+        check(is_sound, f"{path} is damaged: its maps do not fit its settings.")
+        return store
+
+    def _fits(self, layer: Layer) -> bool:
+        """Tell whether the maps of a layer have the number, shape and values that they can have."""
+        pixels, maps = layer.height * layer.width, self.maps[layer]
+        columns = (LENGTH if self.words is None else len(self.words)) if layer.is_cross else pixels
+        shape = len(self.prompts), pixels, columns
+        most = self.calls if self.by_call else 1
+        return 1 <= len(maps) <= most and all(
+            m.shape == shape and m.dtype in (torch.float32, torch.float64) and m.isfinite().all()
+            for m in maps
+        )
 
 
 def _name(layer: Layer) -> str:
     """Name the tensor of a layer in a file."""
     return f"{layer.name} {layer.height}x{layer.width}"
+
+
+def _layer(name: str, place: str, is_cross: bool, height: int, width: int) -> Layer:
+    """Build a layer from JSON. Raises UserError if it is none."""
+    is_sound = isinstance(name, str) and place in PLACES and isinstance(is_cross, bool)
+    check(is_sound and all(is_whole(n) and n > 0 for n in (height, width)), "damaged")
+    return Layer(name, place, is_cross, height, width)
+
+
+def _prompt(text: str, ids: list[int], spans: list[list[int]], cut: int) -> Prompt:
+    """Build a prompt from JSON. Raises UserError if it is none."""
+    check(isinstance(text, str) and len(ids) == LENGTH and is_whole(cut), "damaged")
+    check(0 <= cut <= len(text) and all(is_whole(i) and i >= 0 for i in ids), "damaged")
+    pairs = tuple((start, stop) for start, stop in spans)
+    numbers = [n for pair in pairs for n in pair]
+    check(all(is_whole(n) and 0 <= n <= len(text) for n in numbers), "damaged")
+    check(len(pairs) <= LENGTH - 2, "damaged")
+    return Prompt(text, tuple(ids), pairs, cut)
 
 
 def _tuple(value: str | Sequence[str]) -> tuple[str, ...]:

@@ -347,10 +347,17 @@ def test_a_file_with_any_part_changed_is_damaged(toy_source, tmp_path):
     """One setting or one tensor is missing, or has another type, shape or value."""
     file = tmp_path / "bird.safetensors"
     toy_source.save(file)
-    settings = [("model", None), ("skip", 0), ("extra", 1), ("settings", [])]
-    trajectory = load_file(file)["trajectory"]
-    tensors = [("extra", torch.ones(1)), ("trajectory", None), ("trajectory", trajectory[1:])]
-    tensors += [("trajectory", trajectory.half()), ("trajectory", trajectory * torch.nan)]
+    values = (None, [], {}, True, 10**400, float("inf"), float("nan"))
+    settings = [(name, value) for name in ("model", *toy_source.settings) for value in values]
+    settings += [("num_inference_steps", 4), ("skip", 0), ("method", "ddim"), ("height", 64)]
+    settings += [("model", "x"), ("extra", 1), ("settings", [])]
+    tensors = [("extra", torch.ones(1))]
+    for name, kept in load_file(file).items():
+        shapes = kept[1:], kept[..., 1:], kept[None], kept[:0], kept[..., :0]
+        types = (kept.to(t) for t in (torch.bool, torch.half, torch.double, torch.float8_e5m2))
+        tensors += [(name, None), *((name, changed.clone()) for changed in (*shapes, *types))]
+        if kept.is_floating_point():
+            tensors += [(name, kept * x) for x in (torch.nan, torch.inf)]
     changes = [({n: v}, {}) for n, v in settings] + [({}, {n: v}) for n, v in tensors]
     for changed in changes:
         toy_source.save(file)
@@ -361,14 +368,11 @@ def test_a_file_with_any_part_changed_is_damaged(toy_source, tmp_path):
 
 
 def test_a_file_of_an_earlier_version_is_refused_in_a_sentence(toy_source, tmp_path):
-    """The first had no checksum, and no name of the model."""
-    save_file(
-        {"model": torch.ones(686)},
-        tmp_path / "bird.safetensors",
-        {"format": "minip2p inversion", "about": json.dumps({"settings": toy_source.settings})},
-    )
-    with pytest.raises(UserError, match=r"is damaged: invert the picture again"):
-        Inversion.load(tmp_path / "bird.safetensors")
+    file = tmp_path / "bird.safetensors"
+    toy_source.save(file)
+    rewrite(file, {}, {"model": torch.ones(686)})
+    with pytest.raises(UserError, match=r"earlier version of minip2p.*invert the picture again"):
+        Inversion.load(file)
 
 
 # ---- Mistakes ------------------------------------------------------------------------------------

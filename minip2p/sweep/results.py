@@ -159,9 +159,8 @@ def keeping(path: Path) -> Iterator[None]:
     try:
         yield
     except (OSError, UserError) as error:
-        sentence = str(error)
-        if isinstance(error, OSError):
-            sentence = f"{path} can't be written: {error.strerror}"
+        is_system = isinstance(error, OSError)
+        sentence = f"{path} can't be written: {error.strerror}" if is_system else str(error)
         raise UserError(
             f"{sentence.rstrip('.')}: what is there is kept, and the same command goes on from "
             "there."
