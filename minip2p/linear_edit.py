@@ -137,9 +137,8 @@ class LinearEdit:
         if self.blended:
             q_0, k_0 = (t[:1].expand(len(self.blended.rows), -1, -1, -1) for t in (q, k))
             joined = scaled_dot_product_attention(q_0, k_0, self.blended.values(v))
-            out = (
-                out.clone() if out.requires_grad else out
-            )  # the kernel's gradient reads its output
+            if out.requires_grad:
+                out = out.clone()  # it is written to below, and the kernel's gradient reads it
             for row, of_row in zip(self.blended.rows, joined, strict=True):
                 out[row].add_(of_row)  # with += it is written twice
         return out

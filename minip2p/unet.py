@@ -39,7 +39,7 @@ def timestep_embedding(t: Tensor, d: int) -> Tensor:
 
 
 def named(**modules: nn.Module) -> nn.Sequential:
-    """One after the other, under the names that their keys have in the checkpoint."""
+    """Run modules one after the other, under the names of their keys in the checkpoint."""
     return nn.Sequential(OrderedDict(modules))
 
 

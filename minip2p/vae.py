@@ -65,7 +65,7 @@ class Level(nn.Module):
 
 
 class Encoder(nn.Module):
-    """image → mean and log-variance of its latent, before the scaling."""
+    """Turn an image into the mean and log-variance of its latent, before the scaling."""
 
     def __init__(self, channels: Sequence[int], layers: int, latent_channels: int, groups: int):
         super().__init__()
@@ -88,7 +88,7 @@ class Encoder(nn.Module):
 
 
 class Decoder(nn.Module):
-    """latent → image."""
+    """Turn a latent, without its scaling, into an image."""
 
     def __init__(self, channels: Sequence[int], layers: int, latent_channels: int, groups: int):
         super().__init__()
