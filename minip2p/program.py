@@ -140,6 +140,8 @@ def begin() -> None:
     quiet machine both took 13 s. The number of threads stays, and so does every bit of a picture.
     """
     os.environ.setdefault("GOMP_SPINCOUNT", "1000")
+    if sys.stderr is None:  # closed by 2>&-, and the progress bar writes to it
+        sys.stderr = os.fdopen(os.open(os.devnull, os.O_WRONLY), "w")
     if signal.getsignal(signal.SIGINT) is signal.default_int_handler:  # nohup ignores it
         signal.signal(signal.SIGINT, end_at_once)
 

@@ -522,9 +522,12 @@ def test_how_a_program_begins(monkeypatch):
     """A setting of the user's stays, and where Ctrl+C is ignored, it stays ignored."""
     monkeypatch.setattr("warnings.formatwarning", None)
     monkeypatch.setenv("GOMP_SPINCOUNT", "5")
+    monkeypatch.setattr(sys, "stderr", None)
     before = signal.signal(signal.SIGINT, signal.SIG_IGN)
     try:
         begin()
+        with sys.stderr as stream:
+            assert stream.write("") == 0 and not stream.isatty()
         assert os.environ["GOMP_SPINCOUNT"] == "5"
         assert signal.getsignal(signal.SIGINT) == signal.SIG_IGN
         monkeypatch.delenv("GOMP_SPINCOUNT")

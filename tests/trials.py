@@ -129,7 +129,7 @@ def sweeps(folder: Path, toy: Path) -> Trials:
         assert place.read_text() == text, "touched"
 
     for name in ("results.jsonl", "report.html", ".lock"):
-        for text in ('{"experiment": 7}\n', "mine", "\0" * 9, DEEP, '{"id": "x"}\n', "[1]\n"):
+        for text in ('{"experiment": 7}\n', "mine", DEEP, '{"id": "x"}\n', "[1, 2]\n"):
             place = shutil.copytree(folder / "whole", folder / f"{name}{len(text)}") / name
             if name == ".lock":
                 place.unlink()
@@ -342,9 +342,10 @@ def environment(folder: Path, toy: Path) -> Trials:
     variables = os.environ | {"PYTHONPATH": str(test_cli.PACKAGE.parent)}
     variables["PATH"] = f"{Path(sys.executable).parent}:{variables['PATH']}"
     pipes: dict[str, Any] = {"capture_output": True, "encoding": "utf-8", "errors": "replace"}
-    for line in LINES.strip().splitlines():
+    for n, line in enumerate(LINES.strip().splitlines()):
         command = line.replace("RUN", "python -m minip2p.sample 'a cat' --swap cat=dog MODEL")
         command = command.replace("MODEL", f"--model {toy} {' '.join(STEP)}")
+        command = f"mkdir {n}; cd {n}; {command}"
         done = subprocess.run(["bash", "-c", command], cwd=folder, env=variables, **pipes)
         yield line, judge, Outcome(done.returncode, done.stdout, done.stderr)
     for program in ("minip2p", "minip2p.sample", "minip2p.sweep", "minip2p.studio"):
