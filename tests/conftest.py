@@ -49,7 +49,7 @@ hypothesis.settings.load_profile("repeatable")
 NO_GPU = "needs a CUDA device"
 
 # These files take longest and begin first: started last, one would keep a single worker busy.
-LONG = ("test_world.py", "test_prompt_to_prompt.py", "test_cli.py", "test_studio.py")
+LONG = ("test_prompt_to_prompt.py", "test_weights.py", "test_studio.py", "test_invert.py")
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:

@@ -479,8 +479,6 @@ def test_an_interruption_while_sampling(tmp_path: Path):
     ("program", "module"),
     [
         ("minip2p", "numpy"),
-        ("minip2p.sample", "torch"),
-        ("minip2p.sweep", "minip2p.pipeline"),
         ("minip2p.studio", "minip2p.studio.request"),
     ],
 )
