@@ -141,7 +141,7 @@ MUTATIONS = [
     Mutation("stored maps are views", "store.py", "kept.append(maps.clone())", "kept.append(maps)",
              "test_known_bugs.py -k b10"),
     Mutation("a store forgets nothing", "store.py", "self.maps: dict[Layer, list[Tensor]] = {}",
-             "self.maps = getattr(self, 'maps', {})", P2P + "test_a_store_forgets"),
+             "self.maps = getattr(self, 'maps', {})", "test_store.py -k leaves_the_first_result"),
     Mutation("a file is not replaced atomically", "saved.py", "temporaries[path].replace(path)",
              "path.write_bytes(files[path])", "test_store.py -k whole_or_not_at_all"),
     Mutation("a picture is not turned", "picture.py", "image = upright(image)", "pass",

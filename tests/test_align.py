@@ -28,7 +28,6 @@ from minip2p.align import (
     window,
 )
 from minip2p.text import tokenize
-from minip2p.words import swap_word
 
 ACUTE = "\u0301"  # combining: "e" + ACUTE is é in two characters
 
@@ -398,28 +397,6 @@ def test_every_word_that_is_listed_can_be_named(clip_tokenizer, text, words):
     prompt = tokenize(clip_tokenizer, text)
     assert prompt.words == words.split()
     assert all(prompt.find(word) for word in prompt.words)
-
-
-@pytest.mark.parametrize(
-    ("text", "old", "new", "swapped"),
-    [
-        ("a burger, please", "burger", "lasagne", "a lasagne, please"),
-        ("a Burger", "burger", "pizza", "a pizza"),
-        ("a cat and a cat", "cat", "dog", "a dog and a dog"),
-        ("a catapult and a cat", "cat", "dog", "a catapult and a dog"),
-        ("a fluffy  cat on", "fluffy cat", "dog", "a dog on"),
-        ("a cat's toy", "cat", "dog", "a dog's toy"),
-        (f"a cafe{ACUTE}", "café", "bar", "a bar"),
-        ("a 🐱", "🐱", r"\1", r"a \1"),
-    ],
-)
-def test_swap_word(text, old, new, swapped):
-    assert swap_word(text, old, new) == swapped
-
-
-def test_swap_word_that_is_not_there():
-    with pytest.raises(ValueError, match=r"no word 'cat' in 'a catapult'\.$"):
-        swap_word("a catapult", "cat", "dog")
 
 
 def test_check_words(clip_tokenizer):

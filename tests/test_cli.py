@@ -357,12 +357,6 @@ def test_fast(run: Program, toy_folder: Path):
     assert difference("out/picture.png", "usual/picture.png") <= 1
 
 
-def test_words_that_the_model_does_not_know(run: Program):
-    with pytest.warns(UserWarning, match="never seen zebra; it knows: .*squirrel") as warned:
-        wrote(run("a zebra eating a burger", "--steps", "1"), "picture")
-    assert sum("never seen" in str(warning.message) for warning in warned) == 1
-
-
 def test_explain_prints_a_table_and_writes_nothing(run: Program, tmp_path: Path):
     command = [SQUIRREL, "--swap", "squirrel=lion", "--reweight", "burger=2", "--explain"]
     windows = ["--cross-replace-steps", ".5", "--self-replace-steps", ".2", "--blend", "lion"]

@@ -13,7 +13,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 import minip2p
-from minip2p import AttentionStore, Hook, LocalBlend, Reweight, WordSwap
+from minip2p import AttentionStore, LocalBlend, Reweight, WordSwap
 
 SQUIRREL, LION = "a photo of a squirrel eating a burger", "a photo of a lion’s pizza, 🐱 x"
 EDIT = Reweight({"a": 2}, WordSwap(0.8, 0.4, LocalBlend("a")))
@@ -72,21 +72,6 @@ def test_a_second_run_leaves_the_first_result_its_maps(toy, options, second):
     assert same(answers(first.attention), before)
     assert not same(answers(again.attention), before)
     assert same(answers(store), answers(again.attention))  # the store itself has the last run
-
-
-def test_a_second_run_that_fails_leaves_them_too(toy):
-    class Stop(Hook):
-        def __call__(self, probs, layer):
-            raise RuntimeError("stop")
-
-    store = AttentionStore()
-    first = generate(toy, store)
-    before = answers(first.attention)
-    with pytest.raises(RuntimeError, match="stop"):
-        generate(toy, store, edit=WordSwap(), hooks=[Stop()])
-    with pytest.raises(ValueError, match="nothing is called"):
-        generate(toy, store, edit=WordSwap({"nothing is called": 1}))
-    assert same(answers(first.attention), before)
 
 
 def test_results_without_a_store_have_none(toy):

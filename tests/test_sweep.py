@@ -463,18 +463,6 @@ def test_a_picture_is_inverted_once_for_all_its_edits(command, folder, toy, monk
     assert abs(source - np.asarray(inversion.reconstruction, int)).max() <= 1
 
 
-def test_groups_share_a_source_and_hold_a_batch():
-    source, edit = resolved().run, resolved(to=LION).run
-    pairs = [("a", "a"), *((f"a{i}", "a") for i in range(5)), ("b1", "b"), ("c", "c")]
-    runs = [study.SweepRun(i, s, source if i == s else edit, {}) for i, s in pairs]
-
-    def ids(batch: int) -> list[str]:
-        return [" ".join(run.id for run in group) for group in sweep.grouped(runs, batch)]
-
-    assert ids(16) == ["a a0 a1 a2 a3 a4", "b1", "c"]
-    assert ids(3) == ["a a0 a1", "a2 a3", "a4", "b1", "c"]
-
-
 def test_a_dry_run_counts_and_makes_one_call(command):
     Path("study.toml").write_text(STUDY + 'edit = ["auto", "none"]\nscheduler = "pndm"\n')
     status, printed = command("study.toml", "--dry-run")

@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from test_sweep import LION, SQUIRREL, assert_complete, resolved, rows_of
+from test_sweep import SQUIRREL, assert_complete, resolved, rows_of
 
 import minip2p
 from minip2p.sweep.ray import map_unordered
@@ -174,18 +174,6 @@ def test_the_driver_killed_and_started_again(folder: Path, nodes: Any):
     assert 4 <= len(rows_of(folder / "out")) < RUNS
     ends(begin(folder, nodes))
     assert_complete(folder / "out", RUNS)
-
-
-def test_a_run_that_raises(folder: Path, nodes: Any):
-    target = f"{SQUIRREL} at night"  # too long for a word swap
-    study = (folder / "study.toml").read_text() + 'edit = ["auto", "swap"]'
-    swaps, targets = 'swap = ["squirrel=lion", "burger=cake"]', f'to = ["{LION}", "{target}"]'
-    (folder / "study.toml").write_text(study.replace(swaps, targets))
-    printed = ends(begin(folder, nodes), status=1)
-    assert f"{2 * RUNS} runs, {2 * RUNS} of them new, {RUNS // 2} with an error" in printed
-    for row in rows_of(folder / "out"):
-        raises = row["to"] == target and row["edit"] == "swap"
-        assert ("use Refine" in row["error"]) if raises else "error" not in row
 
 
 def test_a_model_that_is_not_there_is_a_sentence(folder: Path, nodes: Any):
