@@ -73,6 +73,7 @@ from minip2p import LocalBlend, Refine, Reweight, WordSwap, metrics  # noqa: E40
 from minip2p.align import Alignment, Prompt, refinement  # noqa: E402
 from minip2p.errors import UserError, check  # noqa: E402
 from minip2p.pipeline import bind_edit  # noqa: E402
+from minip2p.program import say  # noqa: E402
 from minip2p.saved import write_files  # noqa: E402
 from minip2p.sweep.ray import Work, cluster  # noqa: E402
 from minip2p.sweep.results import Files, Row  # noqa: E402
@@ -124,7 +125,8 @@ def read_set(folder: Path) -> dict[str, dict[str, Any]]:
 
 
 def plain(prompt: str) -> str:
-    """Remove the brackets around what changes."""
+    """Remove the brackets around what changes. Raises UserError unless it is a text."""
+    check(isinstance(prompt, str), f"A prompt must be a text, not {prompt!r}.")
     return prompt.replace("[", "").replace("]", "")
 
 
@@ -632,7 +634,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     if args.data is None:
         parser.error("give PIE-Bench's folder, or --make FOLDER for a small set of its shape")
     try:
-        print(table(run(args), args.method, args.protocol))
+        say(table(run(args), args.method, args.protocol))
     except ValueError as error:
         parser.error(str(error))
 

@@ -188,6 +188,14 @@ class PromptToPrompt(Hook):
         self.self_attn: LinearEdit | None = None
         self.call, self.calls = 0, 0
 
+    def begin(self, prompts: Sequence[Prompt], coarse: Size, device: Device) -> None:
+        """Raise UserError unless the run has the prompts and the size of the edit."""
+        check(
+            list(prompts) == list(self.prompts) and coarse == self.coarse,
+            "This edit is bound to other prompts or to another size: give generate the WordSwap, "
+            "Refine or Reweight that it was made of.",
+        )
+
     def at(self, call: int, calls: int, timestep: int) -> Hook:
         """Return a copy that knows this call and its linear maps."""
 

@@ -15,7 +15,7 @@ from .edit import EditOfPrompt, PromptEdit, Reweight
 from .errors import UserError, check
 from .invert import METHODS
 from .outputs import SOFTWARE
-from .program import Parser, number, split_pair
+from .program import Parser, file, number, split_pair
 from .run import DTYPES, EXAMPLE, Run, SourcePicture, option_of
 from .scheduler import SCHEDULERS
 from .settings import BOUNDS
@@ -82,16 +82,6 @@ def make_parser() -> Parser:
     add("--html", type=file, metavar="FILE", help="write a page to explore the attention maps")
     add("--explain", action="store_true", help="print which tokens are replaced when, and stop")
     return parser
-
-
-def file(text: str) -> Path:
-    """Read the name of a file or a folder, for an option's `type`; ~ is the home folder."""
-    if "://" in text:
-        raise argparse.ArgumentTypeError(f"it must be a file, not the address {text!r}: save it")
-    try:
-        return Path(text).expanduser()
-    except RuntimeError as error:  # ~nobody
-        raise argparse.ArgumentTypeError(f"{text!r} can't be found: {error}") from None
 
 
 # --- from options to a run ------------------------------------------------------------------------

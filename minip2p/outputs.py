@@ -21,7 +21,7 @@ from PIL.PngImagePlugin import PngInfo
 from . import __version__
 from .edit import EditOfPrompt
 from .errors import UserError, check
-from .picture import PNG
+from .picture import PNG, quiet
 from .program import complain, say
 from .run import Run, edits_by_target, plain, swept_windows
 from .saved import write_files
@@ -46,7 +46,7 @@ def png(image: Image.Image, texts: Mapping[str, Any], **options: Any) -> bytes:
 def read_png(path: Path) -> tuple[Image.Image, dict[str, str]]:
     """Read a PNG and the texts in its metadata. Raises UserError, with the reason, if it can't."""
     try:
-        with Image.open(path, formats=["PNG"]) as image:
+        with quiet(), Image.open(path, formats=["PNG"]) as image:
             image.load()  # texts may stand after the pixels
             return image.convert("RGB"), dict(getattr(image, "text", {}))
     except MemoryError:

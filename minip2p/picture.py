@@ -20,7 +20,7 @@ from typing import Any, BinaryIO
 
 import numpy as np
 import torch
-from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL import Image, ImageOps, PngImagePlugin, UnidentifiedImageError
 from torch import Tensor
 
 from .errors import UserError, check, describe
@@ -28,7 +28,11 @@ from .errors import UserError, check, describe
 FITS = ("crop", "pad", "stretch")
 FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF", "PPM")  # none that runs a program
 MAX_PIXELS = 178_956_970  # where Pillow stops reading, too, lest a small file fill the memory
+MAX_METADATA = 2**26  # bytes of one part of a PNG's metadata
 PNG = b"\x89PNG\r\n\x1a\n"  # how such a file begins
+# Parts that pixels depend on: transparency, colour profile, rotation, and the frames that an
+# animation has. Of the parts with a capital letter all do.
+PNG_PARTS = (b"tRNS", b"iCCP", b"eXIf", b"acTL", b"fcTL", b"fdAT")
 PAPER = (255, 255, 255)  # behind transparent pixels, and around a padded picture
 SMOOTH = Image.Resampling.LANCZOS
 
@@ -97,12 +101,13 @@ def whole_picture(source: Any) -> Image.Image:
         return to_rgb(source, "The picture")
     if not isinstance(source, str | os.PathLike):
         return from_numbers(source)
-    path = Path(source)
+    check("://" not in str(source), f"{source} is a web address: download the picture first.")
+    path = Path(os.path.expanduser(source))
     try:
         check(not path.is_dir(), f"{path} is a folder: name a picture in it.")
         check(path.stat().st_size, f"{path} is empty, not a picture.")
         with quiet(), path.open("rb") as file:
-            return to_rgb(Image.open(without_texts(file), formats=FORMATS), str(path))
+            return to_rgb(Image.open(without_metadata(file), formats=FORMATS), str(path))
     except UnidentifiedImageError:
         raise UserError(
             f"{path} is no picture that can be read: save it as a PNG or a JPEG."
@@ -122,14 +127,21 @@ def whole_picture(source: Any) -> Image.Image:
 
 @contextmanager
 def quiet() -> Iterator[None]:
-    """Silence Pillow's warnings of large files, odd metadata and palettes: the pixels are sound."""
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        yield
+    """Silence Pillow's warnings of large files, odd metadata and palettes: the pixels are sound.
+
+    A PNG's colour profile and its other metadata may be larger than Pillow allows by default.
+    """
+    limit, PngImagePlugin.MAX_TEXT_CHUNK = PngImagePlugin.MAX_TEXT_CHUNK, MAX_METADATA
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        PngImagePlugin.MAX_TEXT_CHUNK = limit
 
 
-def without_texts(file: BinaryIO) -> BinaryIO:
-    """Copy a PNG without its texts, since Pillow refuses files with large ones.
+def without_metadata(file: BinaryIO) -> BinaryIO:
+    """Copy a PNG without the parts that no pixel depends on, since Pillow refuses some of them.
 
     Small texts that say how to turn the picture stay. Other formats are returned unchanged.
     """
@@ -137,9 +149,8 @@ def without_texts(file: BinaryIO) -> BinaryIO:
     while chunks[0] == PNG and (header := file.read(8)):
         name, length = header[4:], int.from_bytes(header[:4], "big")
         content = file.read(length + 4)  # and its checksum
-        is_text = name in (b"tEXt", b"zTXt", b"iTXt")
         turns = length < 2**15 and content.startswith((b"Raw profile", b"XML:com.adobe.xmp"))
-        if turns or not is_text:
+        if name[:1].isupper() or name in PNG_PARTS or turns:
             chunks += [header, content]
         if name == b"IEND":
             return io.BytesIO(b"".join(chunks))

@@ -13,6 +13,7 @@ import sys
 import unicodedata
 import warnings
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn, TextIO
 
 from .errors import UserError, check
@@ -67,6 +68,16 @@ def number(bounds: Bounds) -> Callable[[str], float]:
             raise argparse.ArgumentTypeError(str(error).rstrip(".")) from None
 
     return read
+
+
+def file(text: str) -> Path:
+    """Read the name of a file or a folder, for an option's `type`; ~ is the home folder."""
+    if "://" in text:
+        raise argparse.ArgumentTypeError(f"it must be a file, not the address {text!r}: save it")
+    try:
+        return Path(text).expanduser()
+    except RuntimeError as error:  # ~nobody
+        raise argparse.ArgumentTypeError(f"{text!r} can't be found: {error}") from None
 
 
 def split_pair(option: str, text: str, at_last: bool = False) -> tuple[str, str]:

@@ -77,7 +77,7 @@ def write(
 
     metadata = {"format": f"minip2p {kind}", "about": json.dumps(description)}
     content = save({name: t.contiguous() for name, t in tensors.items()}, metadata)
-    write_files({Path(path): content})
+    write_files({Path(os.path.expanduser(path)): content})
 
 
 def read(path: str | os.PathLike[str], kind: str) -> tuple[dict[str, Any], dict[str, Tensor]]:
@@ -87,8 +87,9 @@ def read(path: str | os.PathLike[str], kind: str) -> tuple[dict[str, Any], dict[
     """
     from safetensors import SafetensorError, safe_open
 
+    path = Path(os.path.expanduser(path))
     try:
-        check(Path(path).is_file(), f"There is no file {path}.")
+        check(path.is_file(), f"There is no file {path}.")
         with safe_open(path, framework="pt") as file:
             metadata = file.metadata() or {}
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118

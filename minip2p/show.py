@@ -64,8 +64,8 @@ def grid(
 ) -> Image.Image:
     """Put rows of images below each other, each image above its caption. Rows may differ in length.
 
-    A caption takes a font of the system where Pillow's own lacks letters. Letters that no font has
-    are written as escapes, with a warning.
+    A caption takes a font of the system where Pillow's own lacks letters. Letters that no
+    font has are written as escapes, with a warning.
     """
     scale = max(1, round(CELL / rows[0][0].height))
     width = max(image.width for images in rows for image in images) * scale
@@ -109,30 +109,29 @@ def _has(font: Any, letter: str) -> bool:
 
 
 @cache
-def _warn_of(letters: str) -> None:
-    """Warn of letters that no font has, once for each set of them."""
-    escapes = letters.encode("ascii", "backslashreplace").decode()
+def _warn_of_escapes() -> None:
+    """Warn once that captions have letters which no font has."""
     warnings.warn(
-        f"Captions write {escapes} as escapes, since no known font has these letters: install one "
-        "such as Noto Sans.",
+        "Captions write letters that no known font has as escapes, such as \\u732b: install a font "
+        "with these letters, for example Noto Sans.",
         stacklevel=4,
     )
 
 
 def _caption(text: str, width: int) -> tuple[str, Any]:
-    """Return `text` in lines of at most `width` pixels, and the font that has its letters."""
+    """Return `text` in lines of at most `width` pixels, and the font that has most of its letters.
+
+    Letters that the font lacks are written without their accents, else as escapes.
+    """
     text = " ".join(unicodedata.normalize("NFC", text).split())
-    for font in _fonts():
-        if all(_has(font, letter) for letter in text):
-            return _wrap(text, font, width), font
-    font, written, lacking = _fonts()[0], "", set()
+    font = min(_fonts(), key=lambda font: sum(not _has(font, letter) for letter in text))
+    written = ""
     for letter in text:
-        plain = unicodedata.normalize("NFKD", letter)[0]  # without its accent
-        shown = next((form for form in (letter, plain) if _has(font, form)), None)
-        lacking |= set() if shown else {letter}
-        written += shown or letter.encode("ascii", "backslashreplace").decode()
-    if lacking:
-        _warn_of("".join(sorted(lacking)))
+        base_letter = unicodedata.normalize("NFKD", letter)[0]  # without its accent
+        shown = next((form for form in (letter, base_letter) if _has(font, form)), None)
+        if shown is None:
+            _warn_of_escapes()
+        written += shown or letter.encode("unicode_escape").decode()
     return _wrap(written, font, width), font
 
 

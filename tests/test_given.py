@@ -5,11 +5,14 @@ import os
 from pathlib import Path
 
 import pytest
+from helpers import EMOJI
 from PIL import Image
 from test_cli import Program, contents, wrote
 
+import minip2p
 from minip2p import Inversion, sample, show
 from minip2p.options import make_parser
+from minip2p.sweep import __main__ as sweep
 from world.scenes import Scene, draw
 
 BIRD = "a photo of a bird"
@@ -103,6 +106,10 @@ def test_a_tilde_is_the_home_folder(monkeypatch, tmp_path: Path):
     for option in ("image", "out", "html", "preview", "inversion", "repeat"):
         options = make_parser().parse_args(["x", f"--{option}", "~/a"])
         assert getattr(options, option) == tmp_path / "a"
+    options = sweep.make_parser().parse_args(["~/a.toml", "--out=~/a"])
+    assert (options.study, options.out) == (tmp_path / "a.toml", tmp_path / "a")
+    monkeypatch.setenv("HOME", str(EMOJI))
+    assert len(minip2p.load(tokenizer="~/tokenizer", device="cpu").tokenizer)
 
 
 def test_a_sweep(run: Program, bird: str):

@@ -253,6 +253,13 @@ def test_profiles_of_transparent_and_grey_pictures():
         assert expected.min() > 90 > 60 > scene().convert("L").getextrema()[0]
 
 
+def test_a_large_profile_is_read(tmp_path):
+    """Profiles of printers have megabytes; their length at the front says what counts."""
+    scene().save(tmp_path / "p3.png", icc_profile=P3 + bytes(2_000_000))
+    assert (np.asarray(picture.whole_picture(tmp_path / "p3.png")) == converted(scene(), P3)).all()
+    assert PngImagePlugin.MAX_TEXT_CHUNK == 2**20  # of the caller
+
+
 def test_profiles_that_change_nothing():
     """One of sRGB, one that is broken, and those of another kind of picture."""
     srgb = ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB")).tobytes()
@@ -270,7 +277,9 @@ def test_profiles_that_change_nothing():
 
 
 @pytest.mark.parametrize("after_pixels", [False, True])
-@pytest.mark.parametrize("kind", ["zTXt", "iTXt", "many", "checksum", "profile"])
+@pytest.mark.parametrize(
+    "kind", ["zTXt", "iTXt", "many", "checksum", "profile", "large profile", "sizes"]
+)
 def test_a_png_is_read_whatever_its_texts_are(kind, after_pixels, tmp_path):
     file, texts = tmp_path / "a.png", PngImagePlugin.PngInfo()
     large = "a" * 3_000_000
@@ -283,8 +292,11 @@ def test_a_png_is_read_whatever_its_texts_are(kind, after_pixels, tmp_path):
             texts.add_text(f"note {n}", large)
     elif kind == "checksum":
         texts.add_text("note", "words")
+    elif kind == "sizes":
+        texts.add(b"pHYs", b"")
     else:
-        texts.add(b"zTXt", b"Raw profile type exif\0\0" + zlib.compress(b"x"), after_pixels)
+        content = zlib.compress(large.encode() if kind == "large profile" else b"x")
+        texts.add(b"zTXt", b"Raw profile type exif\0\0" + content, after_pixels)
     for n, (name, data, *_) in enumerate(texts.chunks):
         texts.chunks[n] = name, data, after_pixels
     exif = Image.Exif()
@@ -372,6 +384,12 @@ def test_extreme_shapes(fit, w, h):
     assert seen.put_back(seen.image).getpixel((0, 0)) == (9, 99, 199)
 
 
+def test_a_tilde_is_the_home_folder(monkeypatch, tmp_path):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    scene().save(tmp_path / "a.png")
+    assert difference(picture.whole_picture("~/a.png"), scene()) == 0
+
+
 def test_tensor():
     tensor = picture.read(scene(), SIZE).tensor()
     assert tensor.shape == (1, 3, 64, 64) and tensor.dtype == torch.float32
@@ -396,11 +414,14 @@ def test_captions_take_a_font_that_has_the_letters():
 
 def test_letters_that_no_font_has_are_escaped_and_named_once(monkeypatch):
     monkeypatch.setattr(show, "_fonts", lambda: [ImageFont.load_default(15)])
-    show._warn_of.cache_clear()
-    with pytest.warns(UserWarning, match=r"Captions write \\u5b57\\u732b as escapes") as warned:
-        sheets = [drawn(text) for text in ("猫 字", "字 猫", "猫 字")]
-    assert len(warned) == 1 and sheets[0] == sheets[2] != sheets[1]
-    assert show._caption("café 猫 字", 999)[0] == r"cafe \u732b \u5b57"
+    show._warn_of_escapes.cache_clear()
+    with pytest.warns(UserWarning, match="Captions write letters that no known font") as warned:
+        sheets = [drawn(text) for text in ("猫 字", "字 猫", "猫", "字", "🐱", "a\x07", "a\x1b")]
+    assert len(warned) == 1 and len(set(sheets)) == len(sheets)
+    assert show._caption("café 猫 \x07", 999)[0] == r"cafe \u732b \x07"
+    monkeypatch.undo()
+    for font in show._fonts()[1:2]:  # it has most of the letters
+        assert show._caption("кот \ue000", 999) == (r"кот \ue000", font)
 
 
 # ---- Mistakes ------------------------------------------------------------------------------------
@@ -460,6 +481,7 @@ bad("missing", lambda folder: folder / "no.png", "no.png", "No such file")
 bad("folder", lambda folder: folder, "folder")
 bad("long name", lambda folder: "a" * 5000, "can't be read")
 bad("empty name", "", "folder")
+bad("address", "https://a.org/b.png", "https://a.org/b.png is a web address")
 bad("no pixels", Image.new("RGB", (0, 5)), "0 x 5")
 bad("nothing", None, "not None")
 bad("bytes", saved("PNG"), "bytes")

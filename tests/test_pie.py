@@ -344,7 +344,7 @@ def test_wrong_annotations_and_damaged_pictures_do_not_end_a_run(data, tmp_path,
         "odd": ({"mask": [1, 2, 3]}, "has 3 numbers"),
         "missing": ({"image_path": "none.png"}, "none.png"),
         "damaged": ({"image_path": str(tmp_path / "damaged.png")}, ""),
-        "prompt": ({"editing_prompt": None}, ""),
+        "prompt": ({"editing_prompt": None}, "A prompt must be a text, not None"),
     }
     items = {name: item | fault for name, (fault, _) in faults.items()}
     (tmp_path / "mapping_file.json").write_text(json.dumps(items))

@@ -265,6 +265,13 @@ def test_an_edit_that_changes_nothing_is_named(toy):
         generate(toy, [CAT, DOG, "A photo of a cat"], edit="auto", num_inference_steps=1)
 
 
+def test_a_bound_edit_is_for_its_prompts_and_size(toy):
+    bound = generate(toy, [CAT, DOG], edit="auto", num_inference_steps=1, decode=False).edit
+    for arguments in ({"prompts": [DOG, CAT]}, {"prompts": [CAT, DOG], "height": 64}):
+        with pytest.raises(UserError, match="bound to other prompts or to another size"):
+            generate(toy, hooks=[bound], num_inference_steps=1, **arguments)
+
+
 def test_words_that_the_model_does_not_know_are_named_once(toy):
     with pytest.warns(UserWarning, match="never seen dragon; it knows: .*squirrel") as warned:
         generate(toy, "a photo of a dragon, a Dragon", num_inference_steps=1)

@@ -74,16 +74,24 @@ self_replace_steps = [0.4, 0.6]
 
 
 def test_a_line_of_jsonl_is_a_run_and_its_lists_are_values(tmp_path):
-    """A text may hold U+2028, at which str.splitlines cuts; a file may begin with a BOM."""
+    """A text may hold what str.splitlines cuts at; files that were joined have several BOMs."""
     lines = [
-        {"prompt": "a\u2028cat", "to": LION, "cross_replace_steps": [0.1, 0.8]},
+        {"prompt": "a\u2028\x85cat", "to": LION, "cross_replace_steps": [0.1, 0.8]},
         {"prompt": "b"},
     ]
-    text = "\n\n".join(json.dumps(line, ensure_ascii=False) for line in lines)
+    text = "\n\n\ufeff".join(json.dumps(line, ensure_ascii=False) for line in lines)
     runs = read(tmp_path, f"\ufeff{text}\r\n", "study.jsonl")
-    assert [run.prompts for run, _ in runs] == [("a\u2028cat", LION), ("b",)]
+    assert [run.prompts for run, _ in runs] == [("a\u2028\x85cat", LION), ("b",)]
     assert runs[0].run.edits[0].cross_replace_steps == (0.1, 0.8)
     assert len(read(tmp_path, '\ufeffprompt = "a cat"')) == 1
+
+
+@pytest.mark.parametrize("encoding", ["utf-16", "utf-16-le", "cp1252"])
+@pytest.mark.parametrize("name", ["study.toml", "study.jsonl"])
+def test_other_encodings_are_named(tmp_path, encoding, name):
+    (tmp_path / name).write_bytes('prompt = "a café"'.encode(encoding))
+    with pytest.raises(minip2p.UserError, match=f"{name} can't be read: it is no text in UTF-8"):
+        study.read(tmp_path / name)
 
 
 def test_a_picture_stands_beside_its_study(tmp_path, monkeypatch):

@@ -193,13 +193,17 @@ def test_the_fp16_variant_is_chosen_for_half_precision_alone(layouts, tmp_path):
 
 
 def test_the_prefix_of_compiled_modules_is_ignored(layouts, truth, tmp_path):
-    """torch.compile puts _orig_mod. before the names of a module."""
+    """torch.compile puts _orig_mod. before the names of a module, DataParallel module."""
     file = tmp_path / "compiled.safetensors"
     state = load_file(layouts["single"])
     state = {name.replace(UNET, UNET + "_orig_mod."): tensor for name, tensor in state.items()}
     save_file(state, file)
     weight = load_on_cpu(file).unet.conv_in.weight
     assert torch.equal(weight, truth.states()["unet"]["conv_in.weight"])
+    folder = Path(shutil.copytree(layouts["diffusers"], tmp_path / "parallel"))
+    unet = folder / "unet" / f"{WEIGHTS['unet']}.safetensors"
+    save_file({f"module.{name}": tensor for name, tensor in load_file(unet).items()}, unet)
+    assert torch.equal(load_on_cpu(folder).unet.conv_in.weight, weight)
     state["_orig_mod." + next(iter(state))] = torch.zeros(1)
     save_file(state, file)
     assert "under a second name" in refusal(file)
@@ -351,6 +355,10 @@ def test_identity_is_that_of_studies_made_before_and_follows_every_change():
     assert changed.identity() == model.identity()
     with torch.no_grad():
         changed.unet.conv_in.weight[0] += 1
+    merged = copy.deepcopy(model)
+    before = merged.identity()
+    merged.unet.conv_out.weight.data += 1  # as LoRAs are merged: no version tells
+    assert merged.identity() != before
     longer = replace(model, schedule=model.schedule | {"beta_end": 0.02})
     assert not torch.equal(longer.alpha_bars(), noise_levels)
     models = model, changed, longer, load(device="cpu", dtype=torch.float16)
@@ -364,12 +372,14 @@ def test_what_the_folder_says_is_kept(layouts, tmp_path):
     edit_json(config, _class_name="DDIMScheduler", set_alpha_to_one=True, steps_offset=0)
     edit_json(folder / "unet" / "config.json", sample_size=[8, 12], attention_head_dim=[8] * 4)
     edit_json(folder / "vae" / "config.json", scaling_factor=0.5)
+    config.write_text("\ufeff" + config.read_text("utf-8"), "utf-8")  # some editors add a BOM
     edit_json(folder / "minip2p.json", guidance_scale=4.0)
     model = load_on_cpu(folder)
     assert model.scheduler == "ddim" and model.schedule["set_alpha_to_one"] is True
     assert model.schedule["steps_offset"] == 1  # as diffusers' pipeline corrects it
     assert model.sample_size == (8, 12) and model.vae.scaling_factor == 0.5
     assert model.defaults["guidance_scale"] == 4.0
+    config.write_text(config.read_text("utf-8-sig"))
     edit_json(config, _class_name="EulerDiscreteScheduler", beta_end=...)
     model = load_on_cpu(folder)
     assert model.scheduler == "ddim" and model.schedule["beta_end"] == 0.012

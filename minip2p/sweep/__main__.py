@@ -20,7 +20,7 @@ from typing import Any
 from .. import fast
 from ..html.report import write_report
 from ..outputs import check_folder
-from ..program import Parser, complain, number, run_program, say
+from ..program import Parser, complain, file, number, run_program, say
 from ..progress import tqdm
 from ..scheduler import make_scheduler
 from ..settings import Bounds
@@ -134,10 +134,10 @@ def make_parser() -> Parser:
     add = parser.add_argument
     add(
         "study",
-        type=Path,
+        type=file,
         help="a .toml file, whose lists are multiplied, or a .jsonl file with a run in each line",
     )
-    add("--out", type=Path, metavar="FOLDER", help="for the results; default: runs/ and its name")
+    add("--out", type=file, metavar="FOLDER", help="for the results; default: runs/ and its name")
     add("--dry-run", action="store_true", help="say how many runs there are, and make one call to "
         "estimate how long they take")  # fmt: skip
     add("--batch", type=number(Bounds(2, 256, is_whole=True)), default=BATCH,
@@ -156,7 +156,7 @@ def make_parser() -> Parser:
 def run(argv: Sequence[str]) -> int:
     if argv[:1] == ["report"]:
         parser = Parser(prog="python -m minip2p.sweep report")
-        parser.add_argument("folder", type=Path, help="with the results of a sweep")
+        parser.add_argument("folder", type=file, help="with the results of a sweep")
         say(write_report(parser.parse_args(argv[1:]).folder))
         return 0
     options = make_parser().parse_args(argv)

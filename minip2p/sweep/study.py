@@ -289,7 +289,8 @@ Part = tuple[str, Callable[[], Settings]]
 
 def parse_jsonl(content: str) -> Iterable[Part]:
     """Return the lines."""
-    lines = [(n, line) for n, line in enumerate(content.split("\n"), 1) if line.strip()]
+    numbered = enumerate(content.split("\n"), 1)
+    lines = [(n, line.removeprefix("\ufeff")) for n, line in numbered if line.strip()]
     return [(f" line {n}", partial(parse, json.loads, line)) for n, line in lines]
 
 

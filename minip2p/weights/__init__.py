@@ -107,7 +107,7 @@ def load(
     sample_size = build.sample_size(configs["unet"])
     text_encoder, unet, vae = build.meta_modules(configs, tensors)
 
-    folder = Path(tokenizer) if tokenizer else folder or clip_tokenizer()
+    folder = Path(os.path.expanduser(tokenizer)) if tokenizer else folder or clip_tokenizer()
     clip_bpe = clip.load_tokenizer(folder)
     clip.check_vocabulary(clip_bpe, folder, configs["text_encoder"])
     defaults = dict(configs["defaults"])

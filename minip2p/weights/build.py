@@ -128,11 +128,12 @@ def meta_module(
     shapes = {name: tuple(tensor.shape) for name, tensor in module.state_dict().items()}
     lacking = [name for name in shapes if name not in tensors]
     unknown = [stored.key for name, stored in tensors.items() if name not in shapes]
+    instead = f", and has {unknown[0]}" if lacking and unknown else ""
     for names, verb in (lacking, "lacks"), (unknown, "has, beyond those of Stable Diffusion 1.x,"):
         if names:
             raise WeightsError(
-                f"{tensors.path} {verb} {len(names)} tensor(s), such as {', '.join(names[:3])}: "
-                "load a whole, unchanged model."
+                f"{tensors.path} {verb} {len(names)} tensor(s), such as {', '.join(names[:3])}"
+                f"{instead}: load a whole, unchanged model."
             )
     for name, stored in tensors.items():
         # A 1x1 convolution is a linear layer: VAEs have one or the other.

@@ -17,6 +17,7 @@ from ..errors import UserError
 T = TypeVar("T")
 
 FLOATS = ("F64", "F32", "F16", "BF16", "F8_E4M3", "F8_E5M2")
+WRAPPERS = re.compile(r"^module\.|_orig_mod\.")  # of DataParallel and torch.compile, before names
 UNUSED = ("embeddings.position_ids", "text_projection.weight", "logit_scale")  # of CLIP
 NOT_SAFETENSORS = {  # the first bytes of files that users take for weights
     rb"PK\x03\x04|\x80[\x02-\x05]": "a pickle (.ckpt, .pt or .bin), which can run code when it is "
@@ -107,7 +108,7 @@ def read_header(path: Path) -> tuple[Tensors, dict[str, str]]:
     with opened(path) as file:
         for key in file.keys():  # noqa: SIM118
             part = file.get_slice(key)
-            name = key.replace("_orig_mod.", "")  # torch.compile puts it before a module's names
+            name = WRAPPERS.sub("", key)
             if name in tensors:
                 raise damaged(path, f"{key} stands in it under a second name")
             tensors[name] = Stored(key, part.get_dtype(), tuple(part.get_shape()))
@@ -136,7 +137,7 @@ def read_config(path: Path, optional: bool = False) -> Config:
     with errors_of(path):
         content = path.read_bytes()
     try:
-        fields = json.loads(content.decode())
+        fields = json.loads(content.decode("utf-8-sig"))
     except (ValueError, RecursionError) as error:
         raise damaged(path, f"it is not JSON: {error}") from error
     if type(fields) is not dict:

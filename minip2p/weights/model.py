@@ -71,8 +71,12 @@ class StableDiffusion:
             tensors += [(k.removeprefix(prefix), t) for k, t in part.state_dict().items()]
         settings = [sorted(self.tokenizer.get_vocab().items()), sorted(self.schedule.items())]
         text = json.dumps([settings, self.scheduler, self.sample_size])
-        # In-place changes raise a tensor's version; tensors made in inference mode have none.
-        versions = {(name, t.data_ptr(), t.is_inference() or t._version) for name, t in tensors}
+        # In-place changes raise a tensor's version, but not through `.data`, as LoRAs are merged,
+        # and tensors made in inference mode have none: hence the sum of a part of each.
+        versions = {
+            (name, t.data_ptr(), t.is_inference() or t._version, float(t[0].sum()))
+            for name, t in tensors
+        }
         known_text, known_versions, identity = self._identity
         is_packed = getattr(self.unet, "is_packed", False)
         is_same = versions <= known_versions if is_packed else versions == known_versions
