@@ -159,8 +159,9 @@ def keeping(path: Path) -> Iterator[None]:
     try:
         yield
     except (OSError, UserError) as error:
-        is_system = isinstance(error, OSError)
-        sentence = f"{path} can't be written: {error.strerror}" if is_system else str(error)
+        sentence = str(error)
+        if isinstance(error, OSError):
+            sentence = f"{path} can't be written: {error.strerror}"
         raise UserError(
             f"{sentence.rstrip('.')}: what is there is kept, and the same command goes on from "
             "there."
