@@ -38,6 +38,10 @@ factor of 25 to 40, and by 4 % without antialiasing. The mask's weights change l
 32 of 1,024 mask pixels, the padding by 2.1e-2, the resizing a picture by 0.37 of 255. pie_check.py
 compares the figures with those of the authors' evaluator.
 
+Both protocols differ from the published runs in three things. Pixels are rounded, not truncated
+(0.45 of 255 on average). "direct" puts row 0 back; theirs adds offsets and drifts by rounding.
+"edit-friendly" keeps the last noise, which theirs sets to 0 (edits 43 dB apart).
+
 In both protocols the background is the picture with black where the mask is, and its error is
 averaged over all pixels; "valid" columns average over the background alone. A picture without
 background has no such figures. LPIPS needs the package lpips and its weights, structure distance

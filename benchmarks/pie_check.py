@@ -72,7 +72,8 @@ class Dino(nn.Module):
         self.vit, self.blocks = vit, nn.ModuleList()
         for name, to_keys in list(vit.named_modules()):
             if name.endswith(pie.KEYS):
-                block, block.attn = nn.Identity(), nn.Identity()
+                block: Any = nn.Identity()
+                block.attn = nn.Identity()
                 block.attn.qkv, block.attn.attn_drop = nn.Identity(), nn.Identity()
                 self.blocks.append(block)
                 to_keys.register_forward_hook(self.pass_on(block.attn.qkv))
@@ -129,15 +130,16 @@ def blackened(image: Image.Image, mask: torch.Tensor) -> Image.Image:
     return vae.to_images(metrics.to_pixels(image) * ~mask * 2 - 1)[0]
 
 
-def figures_of_ours(item: dict[str, Any], row: dict[str, Any], args: Namespace) -> dict[str, float]:
-    """Return the row of results.jsonl, and by its functions the columns that are not in it."""
+def figures_of_ours(
+    item: dict[str, Any], row: dict[str, Any], measure: dict[str, Any]
+) -> dict[str, float]:
+    """Return the row of results.jsonl, and the columns that are not in it by the same metrics."""
     name = item["image_path"]
     a, b = (
         Image.open(f"{folder}/annotation_images/{name}").convert("RGB")
         for folder in ("data", FOLDER)
     )
     mask = pie.decoded(item["mask"], a.height, a.width)
-    measure = dict(pie.model_metrics(args))
     figures = {}
     for part, hidden in zip(PARTS, (torch.zeros_like(mask), mask, ~mask), strict=True):
         values = pie.compared(a, b, hidden) | measure["LPIPS"](a, b, hidden, "")
@@ -182,15 +184,14 @@ def main() -> None:
     lines = Path(FOLDER, "results.jsonl").read_text().splitlines()[1:]
     rows = {row["id"]: row for row in map(json.loads, lines)}
     options = Namespace(device="cpu", protocol="published", dino="dino", clip=CLIP)
-    ours = {key: figures_of_ours(items[key], rows[key], options) for key in items}
+    measure = dict(pie.model_metrics(options))
+    ours = {key: figures_of_ours(items[key], rows[key], measure) for key in items}
     theirs = figures_of_theirs(checkout)
 
     print("| column | pie.py | evaluate.py | largest difference |\n|---|---|---|---|")
     for column in COLUMNS:
         x, y = (np.array([side[key][column] for key in theirs]) for side in (ours, theirs))
-        difference = 0.0 if np.array_equal(x, y, equal_nan=True) else np.nanmax(abs(x - y))
-        if (np.isnan(x) != np.isnan(y)).any():
-            difference = np.inf
+        difference = abs(np.nan_to_num(x, nan=-1) - np.nan_to_num(y, nan=-1)).max()
         print(f"| {column} | {np.nanmean(x):.6g} | {np.nanmean(y):.6g} | {difference:.1e} |")
 
 
