@@ -27,7 +27,6 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
-from unittest import mock
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # a process that is forked has one thread
 
@@ -152,11 +151,6 @@ def files(folder: Path, toy: Path) -> Trials:
         tensors = kept[:0], kept[:1], kept[None], kept.half(), kept.double() * math.nan
         changes += [({}, {name: tensor.clone()}) for tensor in tensors] + [({}, {name: None})]
 
-    def trust(call: Callable[..., object], *arguments: Any) -> None:
-        """Call with a checksum that is right whatever the file holds."""
-        with mock.patch("minip2p.saved.checksum", return_value=mock.ANY):
-            call(*arguments)
-
     def follow() -> None:
         minip2p.generate(model, ["a bird", "a cat"], source=Inversion.load(file))
 
@@ -164,13 +158,11 @@ def files(folder: Path, toy: Path) -> Trials:
         inversion.save(file)
         test_invert.rewrite(file, *change)
         yield f"inversion with {str(change)[:60]}", follow
-        yield f"forged inversion with {str(change)[:60]}", trust, follow
     minip2p.generate(model, "a", num_inference_steps=1, store=True).attention.save(file)
     for name in ("size", "calls", "prompts", "sites", "options"):
         for change in ({name: value} for value in TRASH):
             test_store.changed(file, out, change.__ror__)
             yield f"store with {change}", AttentionStore.load, out
-            yield f"forged store with {change}", trust, AttentionStore.load, out
 
     damaged = folder / "damaged"
     for path in [p for p in toy.rglob("*.json") if p.name not in ("vocab.json", "tokenizer.json")]:
@@ -238,7 +230,7 @@ def studio(folder: Path, toy: Path) -> Trials:
     def change(image: Any = None, session: str = "x") -> dict[str, Any]:
         """Return what the page sends; what is too much for one of the editions, it ignores."""
         request = test_studio.a_change(image, session)
-        request["data"][2] |= {"rows": [], "all": [0, 0.8], "layout": [0, 0.6]}
+        request["data"][2] = request["data"][2] | {"rows": [], "all": [0, 0.8], "layout": [0, 0.6]}
         if test_studio.PACKAGE != test_cli.PACKAGE:
             request["data"].pop()  # the second edition's inversion has no guidance
         return request
@@ -293,8 +285,7 @@ def studio(folder: Path, toy: Path) -> Trials:
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
         yield f"{number.name} with an open page", server.stop, number
         server.process.kill()
-        server = start()
-    server.stop(signal.SIGINT)
+        server = start() if number != signal.SIGHUP else server
 
 
 def memory(folder: Path, toy: Path) -> Trials:
@@ -349,7 +340,7 @@ def environment(folder: Path, toy: Path) -> Trials:
         done = subprocess.run(["bash", "-c", command], cwd=folder, env=variables, **pipes)
         yield line, judge, Outcome(done.returncode, done.stdout, done.stderr)
     for program in ("minip2p", "minip2p.sample", "minip2p.sweep", "minip2p.studio"):
-        for module in ("minip2p.program", "numpy", "torch._C", "torch", "minip2p.weights"):
+        for module in ("numpy", "torch._C", "torch", "minip2p.weights"):
             interrupt = test_cli.test_an_interruption_of_the_imports
             yield f"SIGINT after {module} of {program}", interrupt, folder, program, module
 
