@@ -15,6 +15,7 @@ import difflib
 import itertools
 import json
 import os
+from collections import ChainMap
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
@@ -305,11 +306,7 @@ def parse_toml(content: str) -> Iterable[Part]:
     for key in keys:
         check(keys.count(key) == 1, f"{key}: it stands in a [[zip]] and a second time")
     combinations = itertools.product(*map(alternatives, groups))
-    return (("", partial(merge, combination)) for combination in combinations)
-
-
-def merge(tables: Iterable[Settings]) -> Settings:
-    return {key: value for table in tables for key, value in table.items()}
+    return (("", partial(dict, ChainMap(*combination))) for combination in combinations)
 
 
 def alternatives(group: Settings) -> list[Settings]:

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Collection
+from collections.abc import Callable, Collection
 from pathlib import Path
+from typing import Any
 
 from .. import align, scheduler
 from ..errors import UserError, is_number, is_whole
@@ -95,30 +96,29 @@ def missing_weights(part: str, names: Collection[str]) -> str:
     return "a diffusers folder has unet/, vae/, text_encoder/ and tokenizer/"
 
 
-def check_defaults(config: Config) -> None:
-    """Raise WeightsError for a field of minip2p.json that `generate` cannot use."""
-    for name, value in config.items():
-        if name == "num_inference_steps":
-            is_right = is_whole(value) and value > 0
-        elif name == "guidance_scale":
-            is_right = is_number(value)
-        elif name == "scheduler":
-            is_right = isinstance(value, str) and value in scheduler.SCHEDULERS
-        elif name in ("cross_replace_steps", "self_replace_steps"):
-            is_right = is_window(value)
-        else:
-            is_right = name == "words" and isinstance(value, list)
-            is_right = is_right and all(isinstance(word, str) for word in value)
-        if not is_right:
-            raise WeightsError(
-                f"{config.path} has {name} = {str(value)[:200]}, which generate() can't use: "
-                "correct it or remove it."
-            )
-
-
 def is_window(value: object) -> bool:
     try:
         align.window(value)  # type: ignore[arg-type]
     except UserError:
         return False
     return True
+
+
+DEFAULTS: dict[str, Callable[[Any], bool]] = {  # fields of minip2p.json, and what they may be
+    "num_inference_steps": lambda value: is_whole(value) and value > 0,
+    "guidance_scale": is_number,
+    "scheduler": lambda value: isinstance(value, str) and value in scheduler.SCHEDULERS,
+    "cross_replace_steps": is_window,
+    "self_replace_steps": is_window,
+    "words": lambda value: isinstance(value, list) and all(isinstance(w, str) for w in value),
+}
+
+
+def check_defaults(config: Config) -> None:
+    """Raise WeightsError for a field of minip2p.json that `generate` cannot use."""
+    for name, value in config.items():
+        if name not in DEFAULTS or not DEFAULTS[name](value):
+            raise WeightsError(
+                f"{config.path} has {name} = {str(value)[:200]}, which generate() can't use: "
+                "correct it or remove it."
+            )
