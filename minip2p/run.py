@@ -216,8 +216,8 @@ class Run:
         names = "num_inference_steps", "seed", "height", "width"
         arguments = {name: getattr(self, name) for name in names} | asdict(self.source)
         del arguments["image"]
-        if arguments["guidance_scale"] is None and self.source.method == "edit-friendly":
-            arguments["guidance_scale"] = self.guidance_scale
+        if arguments["guidance_scale"] is None:
+            arguments["guidance_scale"] = self.usual_inversion_guidance()
         return arguments
 
     def need_image(self) -> str:
@@ -253,7 +253,7 @@ class Run:
         settings = {name: v for name, v in self.settings().items() if name in changed}
         generate = arguments(list(self.prompts), edit=edit, **settings)
         if self.source:
-            changed |= {"guidance_scale": None} | changed_fields(self.source)
+            changed |= changed_fields(self.source)
             inversion = {name: v for name, v in self.inversion().items() if name in changed}
             invert = arguments(self.need_image(), self.prompts[0], **inversion)
             lines.append(f"source = minip2p.invert({', '.join(['model', *invert])})")
