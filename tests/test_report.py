@@ -84,8 +84,8 @@ def test_blends_of_a_swap_are_named_by_its_words():
     """Each picture has other words; a blend of anything else keeps all words as they are."""
     bird, cat = {"words": ["bird", "lion"]}, {"words": ["dog"], "threshold": 0.4}
     rows = [{"swap": ["bird=lion"], "blend": bird}, {"swap": ["cat=dog"], "blend": cat}, {}]
-    both, new, none = report.blend_labels(rows)
-    assert "replaced word" in both and "new word" in both
+    pair, new, none = report.blend_labels(rows)
+    assert "replaced word" in pair and "new word" in pair
     assert "new word" in new and "0.4" in new and none == "none"
     rows.append({"swap": ["cat=dog"], "blend": {"words": ["snow"]}})
     assert "lion" in report.blend_labels(rows)[0]

@@ -178,12 +178,12 @@ def changed(path: Path, to: Path, fields=None, tensors=None, **metadata: str) ->
 
 def site(i: int, value: Any) -> Callable[[dict], dict]:
     """Change one part of the address of each layer."""
-    return lambda about: {"sites": [[*s[:i], value, *s[i + 1 :]] for s in about["sites"]]}
+    return lambda old: {"sites": [[*s[:i], value, *s[i + 1 :]] for s in old["sites"]]}
 
 
 def prompt(**parts: Any) -> Callable[[dict], dict]:
     """Change parts of each prompt."""
-    return lambda about: {"prompts": [p | parts for p in about["prompts"]]}
+    return lambda old: {"prompts": [p | parts for p in old["prompts"]]}
 
 
 DAMAGE = [
