@@ -125,11 +125,15 @@ def _caption(text: str, width: int) -> tuple[str, Any]:
     """
     text = " ".join(unicodedata.normalize("NFC", text).split())
     font = min(_fonts(), key=lambda font: sum(not _has(font, letter) for letter in text))
-    written = ""
+    written, is_escaped = "", False
     for letter in text:
         base_letter = unicodedata.normalize("NFKD", letter)[0]  # without its accent
-        shown = next((form for form in (letter, base_letter) if _has(font, form)), None)
-        if shown is None:
+        forms = [letter, base_letter]
+        if is_escaped:  # marks of a letter that is not drawn would be boxes
+            forms = [form for form in forms if unicodedata.category(form)[0] != "M"]
+        shown = next((form for form in forms if _has(font, form)), None)
+        is_escaped = shown is None
+        if is_escaped:
             _warn_of_escapes()
         written += shown or letter.encode("unicode_escape").decode()
     return _wrap(written, font, width), font

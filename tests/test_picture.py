@@ -422,6 +422,7 @@ def test_letters_that_no_font_has_are_escaped_and_named_once(monkeypatch):
     monkeypatch.undo()
     for font in show._fonts()[1:2]:  # it has most of the letters
         assert show._caption("кот \ue000", 999) == (r"кот \ue000", font)
+        assert show._caption("к \ue000\u093f", 999)[0] == r"к \ue000\u093f"  # a mark goes along
 
 
 # ---- Mistakes ------------------------------------------------------------------------------------
