@@ -94,7 +94,7 @@ def load_random_weights(dino: str) -> None:
     import torchvision
 
     vit = transformers.ViTModel.from_pretrained(dino, add_pooling_layer=False)
-    torch.hub.load = lambda *_: Dino(vit)  # type: ignore[assignment]
+    torch.hub.load = lambda *_: Dino(vit)
     torch.manual_seed(2)
     squeeze = torchvision.models.squeezenet1_1().state_dict()
     torchvision.models._api.WeightsEnum.get_state_dict = lambda *_, **__: squeeze
