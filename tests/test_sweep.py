@@ -142,6 +142,7 @@ MISTAKES = [
     (HEAD + 'method = "direct"', "method: it needs a picture to edit: add image"),
     (HEAD + "seed = 1\n[[zip]]\neta = [0, 1]\nseed = [1, 2]", "seed: it stands in a [[zip]] and"),
     (HEAD + "[[zip]]\neta = [0, 1]\nseed = [1, 2, 3]", "equal lengths, not eta 2, seed 3"),
+    (HEAD + f"seed = {[1] * 999}\neta = {[0] * 999}", "multiply to 998001 runs, and a study has"),
     (HEAD + "zip = 3", "zip: a group is headed [[zip]]"),
 ]
 

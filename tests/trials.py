@@ -293,13 +293,13 @@ def memory(folder: Path, toy: Path) -> Trials:
         return int(Path("/proc/self/statm").read_text().split()[1]) * 4096 / 1e6
 
     def repeat(call: Callable[..., object], *arguments: Any, **settings: Any) -> None:
-        sizes = [megabytes() for _ in range(80) if call(*arguments, **settings)]
-        assert sizes[-1] - sizes[19] < 15, f"{sizes[-1] - sizes[19]:.0f} MB more"
+        sizes = [megabytes() for _ in range(40) if call(*arguments, **settings)]
+        assert sizes[-1] - sizes[9] < 15, f"{sizes[-1] - sizes[9]:.0f} MB more"
 
     model, once = minip2p.load(toy, device="cpu"), {"num_inference_steps": 1}
-    yield "80 pictures", lambda: repeat(minip2p.generate, model, ["a cat", "a dog"], **once)
-    yield "80 inversions", lambda: repeat(minip2p.invert, model, BIRD, "a bird", **once)
-    yield "80 models", repeat, minip2p.load, toy
+    yield "40 pictures", lambda: repeat(minip2p.generate, model, ["a cat", "a dog"], **once)
+    yield "40 inversions", lambda: repeat(minip2p.invert, model, BIRD, "a bird", **once)
+    yield "40 models", repeat, minip2p.load, toy
 
 
 LINES = """

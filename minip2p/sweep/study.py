@@ -14,6 +14,7 @@ from __future__ import annotations
 import difflib
 import itertools
 import json
+import math
 import os
 from collections import ChainMap
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -295,6 +296,9 @@ def parse_jsonl(content: str) -> Iterable[Part]:
     return [(f" line {n}", partial(parse, json.loads, line)) for n, line in lines]
 
 
+MOST_RUNS = 100_000  # they are all read before the first is made
+
+
 def parse_toml(content: str) -> Iterable[Part]:
     """Return every combination of a table's lists; those of a [[zip]] group go side by side."""
     table = parse(toml_parser().loads, content)
@@ -305,7 +309,10 @@ def parse_toml(content: str) -> Iterable[Part]:
     keys = [key for group in groups for key in group]
     for key in keys:
         check(keys.count(key) == 1, f"{key}: it stands in a [[zip]] and a second time")
-    combinations = itertools.product(*map(alternatives, groups))
+    choices = list(map(alternatives, groups))
+    n = math.prod(map(len, choices))
+    check(n <= MOST_RUNS, f"its lists multiply to {n} runs, and a study has at most {MOST_RUNS}")
+    combinations = itertools.product(*choices)
     return (("", partial(dict, ChainMap(*combination))) for combination in combinations)
 
 
