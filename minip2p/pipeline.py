@@ -164,6 +164,7 @@ def generate(
 
     cond = text.encode(model.text_encoder, tokens)
     settings.check_finite("The text encoder's output", cond, model.dtype)
+    settings.warn_unknown_words(model.vocabulary, [negative_prompt])
     uncond = text.encode(model.text_encoder, [text.tokenize(model.tokenizer, negative_prompt)])
     # A source row that is put back after each step needs no guidance.
     n = len(prompts) - (hold_source is not None)

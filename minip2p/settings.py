@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import unicodedata
 import warnings
 from collections.abc import Sequence
 from typing import Any, NamedTuple
@@ -114,7 +115,8 @@ def as_store(store: Any) -> Any:
 
 def warn_unknown_words(vocabulary: Sequence[str], prompts: Sequence[str]) -> None:
     """Warn of words that a model of a small world has never seen. vocabulary: () knows all."""
-    words = dict.fromkeys(re.findall(r"[^\W\d_]+", " ".join(prompts).lower()))
+    text = unicodedata.normalize("NFC", " ".join(prompts).lower())  # é as one letter
+    words = dict.fromkeys(re.findall(r"[^\W\d_]+", text))
     unknown = [word for word in words if word not in vocabulary]
     if vocabulary and unknown:
         warnings.warn(

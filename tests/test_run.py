@@ -276,6 +276,8 @@ def test_words_that_the_model_does_not_know_are_named_once(toy):
     with pytest.warns(UserWarning, match="never seen dragon; it knows: .*squirrel") as warned:
         generate(toy, "a photo of a dragon, a Dragon", num_inference_steps=1)
     assert len(warned) == 1
+    with pytest.warns(UserWarning, match="never seen café; it knows"):  # é as e and an accent
+        generate(toy, "a cat", negative_prompt="a cafe\u0301", num_inference_steps=1)
 
 
 def test_an_edit_of_words_that_only_one_prompt_has_is_recorded(toy):
