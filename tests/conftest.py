@@ -117,7 +117,7 @@ class Skips:
         if self.errors() and session.exitstatus in (0, pytest.ExitCode.NO_TESTS_COLLECTED):
             session.exitstatus = pytest.ExitCode.TESTS_FAILED
 
-    def pytest_terminal_summary(self, terminalreporter: pytest.TerminalReporter) -> None:
+    def pytest_terminal_summary(self, terminalreporter: Any) -> None:
         for test in self.errors():
             terminalreporter.write_line(f"ERROR {test} was skipped: {self.reasons[test]}", red=True)
 
