@@ -178,8 +178,8 @@ def files(folder: Path, toy: Path) -> Trials:
     whole = weights.read_bytes()
     end = 8 + int.from_bytes(whole[:8], "little")
     for _ in range(100):
-        prefix, header, size = test_weights.mutate(NOISE, whole[8:end], len(whole))
-        weights.write_bytes((prefix + header + whole[end:])[:size])
+        length, header, size = test_weights.mutate(NOISE, whole[8:end], len(whole))
+        weights.write_bytes((length.to_bytes(8, "little") + header + whole[end:])[:size])
         yield "weights with another header", minip2p.load, damaged
 
     Image.new("1", (16384, 10800)).save(folder / "bomb.png")
@@ -188,7 +188,7 @@ def files(folder: Path, toy: Path) -> Trials:
     os.mkfifo(folder / "pipe.png")
     words = ["--out", folder / "drawn", "--model", toy, *STEP, "--image"]
     for path in (*folder.glob("*.png"), folder, "/dev/zero", "/dev/null", "/proc/self/mem"):
-        yield f"--image {path}", run, sample.main, ["a bird", *words, path], 2
+        yield f"--image {path}", run, sample.main, ["a bird", *words, path]
         yield f"--repeat {path}", run, sample.main, ["--repeat", path], 2
     good = Run(["a cat", "a dog"], [WordSwap()], num_inference_steps=1, model=str(toy)).to_dict()
     records = [*test_cli.RECORDS.values()]
