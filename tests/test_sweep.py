@@ -124,6 +124,7 @@ SWAP = HEAD + 'swap = "squirrel=lion"\n'
 MISTAKES = [
     ('prompt = "a\n', "line 1"),
     ("a = " + "[" * 5000 + "]" * 5000, "nested too deeply"),
+    ("a ." * 100_000 + "a = 1", "a key of 200 parts or more"),
     (HEAD + "sede = 1", "there is no setting 'sede': is it seed?"),
     (HEAD + "seed = []", "seed: its list is empty"),
     (HEAD + "seed = [1, 'x']", "seed must be a whole number from 0 to 9223372036854775807"),

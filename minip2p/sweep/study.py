@@ -16,6 +16,7 @@ import itertools
 import json
 import math
 import os
+import re
 from collections import ChainMap
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
@@ -297,10 +298,12 @@ def parse_jsonl(content: str) -> Iterable[Part]:
 
 
 MOST_RUNS = 100_000  # they are all read before the first is made
+LONG_KEY = re.compile(r"(?:[^\s.]{0,80}[ \t]*\.[ \t]*){200}")  # tomllib's time is quadratic in it
 
 
 def parse_toml(content: str) -> Iterable[Part]:
     """Return every combination of a table's lists; those of a [[zip]] group go side by side."""
+    check(not LONG_KEY.search(content), "it has a key of 200 parts or more, as a.b.c has three")
     table = parse(toml_parser().loads, content)
     zipped = table.pop("zip", [])
     is_list = isinstance(zipped, list) and all(isinstance(group, dict) for group in zipped)
