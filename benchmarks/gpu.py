@@ -63,7 +63,7 @@ EDITED = ("word swap", "swap, blend, a word's maps")
 
 @dataclass
 class Bench:
-    """What all parts share: the device, the sizes, the time that is left, and the results."""
+    """Hold what all parts share: the device, the sizes, the time that is left, and the results."""
 
     out: Path
     minutes: float
@@ -598,7 +598,7 @@ def part_compiled(bench: Bench) -> None:
         compile_seconds[name] = time.perf_counter() - start
         rows = take_turns(bench, sides, seconds=3, same_as=same_as)
         seconds = [{"compile s": compile_seconds.get(row["side"], 0.0)} for row in rows]
-        bench.keep(title, [row | more for row, more in zip(rows, seconds, strict=True)])
+        bench.keep(title, [row | compiling for row, compiling in zip(rows, seconds, strict=True)])
 
 
 def part_tests(bench: Bench) -> None:

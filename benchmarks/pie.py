@@ -189,10 +189,10 @@ def make_set(folder: Path, n: int = 6, pixels: int = 512) -> None:
         if [a for a, b in zip(words, edited, strict=False) if a != b] != [scene.subject]:
             continue
         name = f"{len(items):012d}"
-        given, true = draw(scene), draw(target)
-        things = torch.from_numpy(given.masks[scene.subject] + true.masks[new])
+        original, true = draw(scene), draw(target)
+        things = torch.from_numpy(original.masks[scene.subject] + true.masks[new])
         mask = F.interpolate((things > 0).float()[None, None], (pixels, pixels))[0, 0] > 0
-        for kind, drawn in (("annotation_images", given), ("true_images", true)):
+        for kind, drawn in (("annotation_images", original), ("true_images", true)):
             path = folder / kind / "1_change_object" / f"{name}.jpg"
             path.parent.mkdir(parents=True, exist_ok=True)
             large = drawn.image.resize((pixels, pixels), Image.Resampling.BICUBIC)
@@ -484,18 +484,20 @@ def clip_of(folder: str, args: argparse.Namespace) -> Metric:
 # ---- The run -------------------------------------------------------------------------------------
 
 
-def finished(file: Path, about: dict[str, Any]) -> dict[str, dict[str, Any]]:
+def finished(file: Path, settings: dict[str, Any]) -> dict[str, dict[str, Any]]:
     """Return what an earlier run has measured. Raises UserError if it had other settings.
 
     The first line says them. A last line that was cut short does not count, nor do errors.
     """
     if not file.exists():
         file.parent.mkdir(parents=True, exist_ok=True)
-        file.write_text(json.dumps(about) + "\n")
+        file.write_text(json.dumps(settings) + "\n")
         return {}
     first, *lines = file.read_text().split("\n")
-    if json.loads(first) != about:
-        raise UserError(f"{file} is of a run with {first}, not {json.dumps(about)}: choose --out.")
+    if json.loads(first) != settings:
+        raise UserError(
+            f"{file} is of a run with {first}, not {json.dumps(settings)}: choose --out."
+        )
     measured = [line for line in lines[:-1] if "error" not in json.loads(line)]
     file.write_text("".join(f"{line}\n" for line in [first, *measured]))
     return {result["id"]: result for result in map(json.loads, measured)}
@@ -546,14 +548,14 @@ class Editor:
         item, path = picture.item, Path(picture.item["image_path"])
         published = self.args.protocol == "published"
         file = self.args.data / "annotation_images" / path
-        given, edit, note = edited(
+        original, edit, note = edited(
             self.model, file, item, self.args.method, self.args.steps, published
         )
         edit, content = stored(edit, published)
-        mask = decoded(item["mask"], given.height, given.width)
-        row = {**picture.row, "note": note, **compared(given, edit, mask)}
+        mask = decoded(item["mask"], original.height, original.width)
+        row = {**picture.row, "note": note, **compared(original, edit, mask)}
         for metric in self.metrics:
-            row |= metric(given, edit, mask, plain(item["editing_prompt"]))
+            row |= metric(original, edit, mask, plain(item["editing_prompt"]))
         return row, {str(path.with_suffix(".jpg" if published else ".png")): content}
 
 
@@ -573,18 +575,18 @@ def run(args: argparse.Namespace) -> dict[str, dict[str, Any]]:
     """Return the figures or the error of every picture, by its id."""
     items = read_set(args.data)
     chosen = {k: v for k, v in items.items() if not args.only or k in args.only}
-    about = {"model": args.model, "method": args.method, "steps": args.steps}
-    about["protocol"] = args.protocol
+    settings = {"model": args.model, "method": args.method, "steps": args.steps}
+    settings["protocol"] = args.protocol
     file = args.out / "results.jsonl"
-    results = finished(file, about)
+    results = finished(file, settings)
     left = [[Picture({"id": key}, item)] for key, item in chosen.items() if key not in results]
     if not left:
         return {key: results[key] for key in chosen}
     with editors(args) as (description, work):
         for name, reason in description["left out"].items():
             print(f"Left out: {name}: {reason}.", file=sys.stderr)
-        for made in tqdm(work(left), desc=args.method, total=len(left)):
-            for row, files in made:
+        for finished_groups in tqdm(work(left), desc=args.method, total=len(left)):
+            for row, files in finished_groups:
                 for name, content in files.items():
                     target = args.out / "annotation_images" / name
                     write_files({target: content})

@@ -93,10 +93,10 @@ def run_page(page: Path) -> list[str]:
 # --- pictures ------------------------------------------------------------------------------------
 
 
-def keep(made: Path, name: str) -> None:
+def keep(source: Path, name: str) -> None:
     """Store a picture in docs/images, small enough for a page."""
     picture = DOCS / "images" / f"{name}.png"
-    image = Image.open(made).convert("RGB")
+    image = Image.open(source).convert("RGB")
     if image.width > WIDTH:
         height = round(image.height * WIDTH / image.width)
         image = image.resize((WIDTH, height), Image.Resampling.LANCZOS)
@@ -116,10 +116,10 @@ def make_pictures(page: Path, more_commands: list[str]) -> None:
             if command.startswith(SAMPLE):
                 run_sample(command.removeprefix(SAMPLE))
         print(*run_page(page), sep="\n")
-        for made in sorted(Path("out").glob("*.png")):
-            keep(made, made.stem)
-        for made in sorted(Path("out").glob("*/row.png")):
-            keep(made, made.parent.name)
+        for picture in sorted(Path("out").glob("*.png")):
+            keep(picture, picture.stem)
+        for picture in sorted(Path("out").glob("*/row.png")):
+            keep(picture, picture.parent.name)
 
 
 def run_sample(arguments: str) -> None:

@@ -2,7 +2,7 @@
 
 The reading path is `generate` and every module of minip2p that its import needs, but weights/,
 which loads a model and may be taken for granted. After it come the lines of the package and of the
-tests, long functions, docstrings that begin without a verb, and names that say nothing.
+tests; then, in every file, long functions, docstrings without a verb, and names that say nothing.
 
 With `calls`: the files and functions of the package that Python enters for one swap, one inversion
 and one sweep. PYTHONPATH chooses another edition.
@@ -113,7 +113,9 @@ def main() -> None:
     print(f"{sum(map(lines, files.values())):6} the package, {len(files)} files")
     print(f"{sum(map(lines, (ROOT / 'tests').rglob('*.py'))):6} the tests")
     places: dict[str, list[str]] = {}
-    for file in files.values():
+    folders = "tests", "benchmarks", "world", "docs"
+    others = (path for folder in folders for path in sorted((ROOT / folder).rglob("*.py")))
+    for file in (*files.values(), *others):
         for kind, place in remarks(file):
             places.setdefault(kind, []).append(place)
     for kind, rows in places.items():

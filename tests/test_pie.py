@@ -169,13 +169,13 @@ def test_the_set_has_the_published_shape(data):
     for item in items.values():
         old, new = item["blended_word"].split(" ")
         assert f"[{old}]" in item["original_prompt"] and f"[{new}]" in item["editing_prompt"]
-        given, true = (
+        picture, true = (
             Image.open(data / kind / item["image_path"]).convert("RGB")
             for kind in ("annotation_images", "true_images")
         )
-        assert given.size == (128, 128)
+        assert picture.size == (128, 128)
         mask = pie.decoded(item["mask"], 128, 128)
-        assert pie.compared(given, true, mask)["valid psnr"] > 25
+        assert pie.compared(picture, true, mask)["valid psnr"] > 25
         assert 0.02 < mask.float().mean() < 0.7
 
 
@@ -186,11 +186,11 @@ def test_a_run_and_its_table(data, tmp_path, run, capsys):
     results = [json.loads(line) for line in lines]
     for result in results:
         item = pie.read_set(data)[result["id"]]
-        given, edit = (
+        picture, edit = (
             Image.open(folder / "annotation_images" / item["image_path"]).convert("RGB")
             for folder in (data, tmp_path)
         )
-        again = pie.compared(given, edit, pie.decoded(item["mask"], 128, 128))
+        again = pie.compared(picture, edit, pie.decoded(item["mask"], 128, 128))
         assert {name: result[name] for name in again} == pytest.approx(again)
     mean = np.mean([result["psnr"] for result in results])
     assert f"{mean:.2f}" in printed.splitlines()[-1]
@@ -293,12 +293,12 @@ def test_the_published_edit(toy):
 def test_published_padding_reads_the_text_of_a_longer_source(toy):
     source, target = (minip2p.text.tokenize(toy.tokenizer, prompt) for prompt in PAIR)
     alignment = pie.PublishedRefine().align(source, target)
-    own = minip2p.Refine().align(source, target)
+    usual = minip2p.Refine().align(source, target)
     text = slice(0, target.end + 1)
-    assert torch.equal(alignment.mapper[:, text], own.mapper[:, text])
-    assert torch.equal(alignment.exists[text], own.exists[text])
+    assert torch.equal(alignment.mapper[:, text], usual.mapper[:, text])
+    assert torch.equal(alignment.exists[text], usual.exists[text])
     padding = range(target.end + 1, 77)
-    assert alignment.exists[padding].all() and not own.exists[target.end + 1]
+    assert alignment.exists[padding].all() and not usual.exists[target.end + 1]
     assert torch.equal(alignment.mapper[:, padding], torch.eye(77)[:, padding])
 
 
@@ -350,10 +350,10 @@ def test_wrong_annotations_and_damaged_pictures_do_not_end_a_run(data, tmp_path,
     (tmp_path / "mapping_file.json").write_text(json.dumps(items))
     printed = run(tmp_path, tmp_path / "out")
     assert "direct, published, 0 pictures" in printed and "6 with an error" in printed
-    about, *rows = map(json.loads, (tmp_path / "out" / "results.jsonl").read_text().splitlines())
+    settings, *rows = map(json.loads, (tmp_path / "out" / "results.jsonl").read_text().splitlines())
     for row in rows:
         assert faults[row["id"]][1] in row["error"] and "psnr" not in row
-    assert pie.finished(tmp_path / "out" / "results.jsonl", about) == {}
+    assert pie.finished(tmp_path / "out" / "results.jsonl", settings) == {}
 
 
 def test_lpips_of_a_picture_without_background_is_left_out(monkeypatch):

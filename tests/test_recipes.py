@@ -317,8 +317,8 @@ def test_alignment_by_hand(recipes, model):
     minip2p.generate(model, PROMPTS, edit=edit, num_inference_steps=1, store=whole, decode=False)
     before = minip2p.AttentionStore(before_edit=True)
     minip2p.generate(model, PROMPTS, num_inference_steps=1, store=before, decode=False)
-    first, own = (store.average((16, 16)) for store in (whole, before))
-    assert first.shape == own.shape
+    first, unedited = (store.average((16, 16)) for store in (whole, before))
+    assert first.shape == unedited.shape
 
 
 def test_no_recipe_is_long():

@@ -182,7 +182,7 @@ def test_a_run_out_of_date_ends_at_its_next_call(studio: Studio, monkeypatch):
 
 
 def test_a_picture_is_inverted_once_and_few_are_kept(studio: Studio, monkeypatch):
-    """What is kept is of the model's size; a key that nobody got is refused."""
+    """Pictures are kept at the model's size; a key that nobody got is refused."""
     buffer = io.BytesIO()
     Image.new("RGB", (3000, 2000)).save(buffer, "PNG")
     key = studio.add_picture(buffer.getvalue())
@@ -256,8 +256,10 @@ def swallow(function: Callable[..., None], *arguments: Any) -> None:
 # --- answers -------------------------------------------------------------------------------------
 
 
-def ask(studio: Studio, visitor: Visitor, sent: Any, edited: str = LION, **more: Any) -> list[Any]:
-    numbers = (NUMBERS | more).values()
+def ask(
+    studio: Studio, visitor: Visitor, sent: Any, edited: str = LION, **numbers: Any
+) -> list[Any]:
+    numbers = (NUMBERS | numbers).values()
     return list(studio.answer(visitor, sent, SETTINGS, SQUIRREL, edited, {}, *numbers))
 
 
@@ -345,9 +347,11 @@ class Server:
         )
         assert self.process.stdout
         line = self.process.stdout.readline()
-        found = re.fullmatch(r"The studio is at (http://127\.0\.0\.1:\d+) until Ctrl\+C\.\n", line)
-        assert found, line + self.process.stdout.read()
-        self.address = found[1]
+        address = re.fullmatch(
+            r"The studio is at (http://127\.0\.0\.1:\d+) until Ctrl\+C\.\n", line
+        )
+        assert address, line + self.process.stdout.read()
+        self.address = address[1]
 
     def stop(self, number: int) -> None:
         """Stop it with an open tab. It leaves nothing, and says nothing."""
