@@ -149,7 +149,7 @@ def test_exif_rotation(orientation, tmp_path):
 
 def test_nothing_but_pixels_is_kept(tmp_path):
     exif = Image.Exif()
-    exif.get_ifd(0x8825)[2] = (52.0, 31.0, 12.0)  # GPS latitude
+    exif[0x8825] = {2: (52.0, 31.0, 12.0)}  # GPS latitude
     exif[0x010E] = "SECRET"
     scene().save(tmp_path / "a.jpg", exif=exif, comment=b"SECRET", icc_profile=b"SECRET" * 9)
     assert b"SECRET" in (tmp_path / "a.jpg").read_bytes()
