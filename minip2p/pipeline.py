@@ -50,7 +50,8 @@ def denoise(
     # because each copy waits for the device.
     timesteps = [torch.as_tensor(t, device=x.device) for t in scheduler.timesteps]
     for call, t in enumerate(scheduler.timesteps):
-        step_hook, context = None if hook is None else hook.at(call, calls, int(t)), cached
+        step_hook = None if hook is None else hook.at(call, calls, int(t))
+        context = cached
         if step_hook is not None:
             x = step_hook.before_step(x)
             edited = step_hook.edit_context(cached.context, rows)

@@ -73,9 +73,10 @@ class StableDiffusion:
         text = json.dumps([settings, self.scheduler, self.sample_size])
         # In-place changes raise a tensor's version, but not through `.data`, as LoRAs are merged,
         # and tensors made in inference mode have none: hence the sum of a part of each.
+        sums = torch.stack([t[0].sum().float() for _, t in tensors]).tolist()  # one wait for a GPU
         versions = {
-            (name, t.data_ptr(), t.is_inference() or t._version, float(t[0].sum()))
-            for name, t in tensors
+            (name, t.data_ptr(), t.is_inference() or t._version, part_sum)
+            for (name, t), part_sum in zip(tensors, sums, strict=True)
         }
         known_text, known_versions, identity = self._identity
         is_packed = getattr(self.unet, "is_packed", False)
