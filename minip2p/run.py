@@ -20,7 +20,7 @@ from typing import Any
 
 from .align import DEFAULT
 from .blend import LocalBlend
-from .edit import EditOfPrompt, PromptEdit, Refine, Reweight, WordSwap, base
+from .edit import EditOfPrompt
 from .errors import UserError, check, describe
 from .invert import METHODS, Inversion, invert
 from .picture import FITS
@@ -313,20 +313,18 @@ def changed_fields(instance: Any) -> dict[str, Any]:
 
 def with_windows(edit: EditOfPrompt, defaults: Mapping[str, Any]) -> EditOfPrompt:
     """Return the edit with the windows that it leaves open filled in."""
-    if edit is None:
+    data = edit_to_dict(edit)
+    if data is None:
         return None
-    names = "cross_replace_steps", "self_replace_steps"
-    return with_base(edit, fill(base(edit), names, defaults))
+    for name in ("cross_replace_steps", "self_replace_steps"):
+        if data[name] is None:
+            data[name] = defaults[name]
+    return edit_from_dict(data)
 
 
 def fill(instance: Any, names: Sequence[str], defaults: Mapping[str, Any]) -> Any:
     """Return a dataclass with the default of each of these fields that is None."""
     return replace(instance, **{n: defaults[n] for n in names if getattr(instance, n) is None})
-
-
-def with_base(edit: PromptEdit | Reweight, new: PromptEdit) -> PromptEdit | Reweight:
-    """Return the new edit, with the weights that `edit` has."""
-    return replace(edit, edit=new) if isinstance(edit, Reweight) else new
 
 
 # --- ids ------------------------------------------------------------------------------------------
@@ -394,62 +392,54 @@ def edit_options(run: Run) -> Options:
     shared = targets[0][1]
     edits = [edit for edit in shared if edit is not None]
     kind, ends = swept_windows(edits) if len(edits) > 1 else ("", [])
+    edit: Any = edit_to_dict(edits[0]) if edits else None
     check(
-        edits
+        edit
         and all(target_edits == shared for _, target_edits in targets)
         and shared in (edits, [None, *edits])
         and (kind or len(edits) == 1)
-        and all(has_options(edits[0], run.prompts[0], prompt) for prompt, _ in targets),
+        and all(has_options(edit, run.prompts[0], prompt) for prompt, _ in targets),
         "The command line has no options for these edits: use their Python.",
     )
     if shared[0] is None:
         yield "--baseline", None
-    edit = edits[0]
     if kind:
         yield "--sweep", f"{kind}={','.join(map(plain, ends))}"
-        edit = without_window(edit, kind)
-    if isinstance(edit, Reweight):
-        for word, weight in edit.weights.items():
-            yield "--reweight", f"{word}={plain(float(weight))}"
-    cross, self_window = base(edit).cross_replace_steps, base(edit).self_replace_steps
+        edit[f"{kind}_replace_steps"] = None
+    for word, weight in edit["reweight"].items():
+        yield "--reweight", f"{word}={plain(weight)}"
+    cross = edit["cross_replace_steps"]
     for word, window in cross.items() if isinstance(cross, Mapping) else [(DEFAULT, cross)]:
         if window is not None:
             of_word = "" if word == DEFAULT else f"{word}="
             yield "--cross-replace-steps", of_word + plain(window)
-    if self_window is not None:
-        yield "--self-replace-steps", plain(self_window)
-    blend = base(edit).local_blend
-    for word in blend.words if blend else ():
+    if edit["self_replace_steps"] is not None:
+        yield "--self-replace-steps", plain(edit["self_replace_steps"])
+    for word in edit["blend"]["words"] if edit["blend"] else ():
         yield "--blend", word
 
 
-def swept_windows(edits: Sequence[PromptEdit | Reweight]) -> tuple[str, list[float]]:
+def swept_windows(edits: Sequence[EditOfPrompt]) -> tuple[str, list[float]]:
     """Return which window alone tells edits apart, "cross" or "self", and its ends.
 
     The kind is "" if they differ in anything else, or if a window does not begin at 0.
     """
     for kind in ("cross", "self"):
-        windows = [getattr(base(edit), f"{kind}_replace_steps") for edit in edits]
-        others = [without_window(edit, kind) for edit in edits]
+        others: list[Any] = [edit_to_dict(edit) for edit in edits]
+        windows = [other.pop(f"{kind}_replace_steps") for other in others]
         is_swept = all(isinstance(w, tuple) and w[0] == 0 for w in windows)
         if is_swept and all(other == others[0] for other in others):
             return kind, [end for _, end in windows]
     return "", []
 
 
-def without_window(edit: PromptEdit | Reweight, kind: str) -> PromptEdit | Reweight:
-    """Return the edit without its window of that kind, "cross" or "self"."""
-    return with_base(edit, replace(base(edit), **{f"{kind}_replace_steps": None}))
-
-
-def has_options(edit: PromptEdit | Reweight, source: str, target: str) -> bool:
-    """Tell whether the command line can describe the edit of these prompts."""
+def has_options(edit: Mapping[str, Any], source: str, target: str) -> bool:
+    """Tell whether the command line can describe the edit, as plain data, of these prompts."""
     is_swap = len(source.split()) == len(target.split())
-    chosen = WordSwap if is_swap else Refine  # by "auto", which the command line always means
-    blend = base(edit).local_blend
-    is_usual_blend = blend is None or blend == LocalBlend(blend.words)
-    is_everywhere = not isinstance(edit, Reweight) or edit.everywhere
-    return type(base(edit)) in (PromptEdit, chosen) and is_usual_blend and is_everywhere
+    chosen = "swap" if is_swap else "refine"  # by "auto", which the command line always means
+    blend = edit["blend"]
+    is_usual_blend = blend is None or LocalBlend(**blend) == LocalBlend(blend["words"])
+    return edit["edit"] in ("auto", chosen) and is_usual_blend and edit["everywhere"]
 
 
 def plain(value: Any) -> str:
