@@ -181,10 +181,21 @@ def generate(
 
     from .record import record  # here: the loop can be read, and run, without it
 
-    size = w * model.vae.f, h * model.vae.f
-    arguments = prompts, negative_prompt, edit, hooks, seed, latents, scheduler
-    dtype = str(model.dtype).removeprefix("torch.")
-    run = record(*arguments, sampler, guidance, source, size, dtype)
+    run = record(
+        prompts,
+        edit,
+        sampler,
+        hooks=hooks,
+        latents=latents,
+        scheduler=scheduler,
+        source=source,
+        negative_prompt=negative_prompt,
+        seed=int(seed),
+        guidance_scale=float(guidance),
+        height=h * model.vae.f,
+        width=w * model.vae.f,
+        dtype=str(model.dtype).removeprefix("torch."),
+    )
     # A copy, for the store may see more runs.
     return Result(images, x, copy.copy(store), run, hook, source)
 

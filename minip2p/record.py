@@ -19,14 +19,7 @@ from .errors import UserError, check, describe
 from .scheduler import Scheduler
 
 EDITS = {"auto": PromptEdit, "swap": WordSwap, "refine": Refine}
-EDIT_KEYS = (
-    "edit",
-    "cross_replace_steps",
-    "self_replace_steps",
-    "reweight",
-    "everywhere",
-    "blend",
-)
+EDIT_KEYS = "edit", "cross_replace_steps", "self_replace_steps", "reweight", "everywhere", "blend"
 BLEND_KEYS = "words", "threshold", "start", "subtract"
 
 
@@ -99,53 +92,44 @@ def check_table(data: Any, keys: Sequence[str], name: str) -> None:
 
 def record(
     prompts: list[str],
-    negative_prompt: str,
     edit: Edits,
+    sampler: Scheduler,
+    *,
     hooks: Sequence[Hook],
-    seed: int,
     latents: Any,
     scheduler: Any,
-    sampler: Scheduler,
-    guidance_scale: float,
     source: Any,
-    size: tuple[int, int],
-    dtype: str,
+    **settings: Any,
 ) -> dict[str, Any]:
     """Return a run of `generate` as the plain data that `Run.from_dict` takes.
 
     What only the caller has, and no data can repeat, is listed under "callers_own".
-    scheduler: as the caller gave it. sampler: the object that it became. size: width and height of
-    the pictures in pixels.
+    scheduler: as the caller gave it. sampler: the object that it became. settings: what is written
+    down as it is.
     """
     callers_own = [f"the hook {type(hook).__name__}" for hook in hooks]
     edits = []
-    for row_edit in edit_of_each(edit, len(prompts) - 1) if edit is not None else ():
+    for row_edit in edit_of_each(edit, len(prompts) - 1):
         try:
             edits.append(edit_to_dict(row_edit))
         except UserError as error:
             callers_own.append(str(error))
             edits.append({"edit": str(error)})
-    eta = float(getattr(sampler, "eta", 0.0))
     run = {
         "prompts": prompts,
-        "edits": edits or [None] * (len(prompts) - 1),
-        "negative_prompt": negative_prompt,
-        "seed": int(seed),
+        "edits": edits,
+        **settings,
         # PNDM visits one timestep twice.
         "num_inference_steps": len({int(t) for t in sampler.timesteps}),
-        "guidance_scale": float(guidance_scale),
         "scheduler": type(sampler).__name__.lower(),
-        "eta": eta,
-        "height": size[1],
-        "width": size[0],
-        "dtype": dtype,
+        "eta": float(getattr(sampler, "eta", 0.0)),
     }
     if source is not None:
         inversion = getattr(source, "settings", None)
-        names = "method", "skip", "fit", "refinements", "guidance_scale"
         if inversion is None:
             callers_own.append(f"the source of type {type(source).__name__}")
         else:
+            names = "method", "skip", "fit", "refinements", "guidance_scale"
             run["source"] = {"image": None} | {name: inversion[name] for name in names}
             run |= {"seed": inversion["seed"], "scheduler": "ddim", "eta": 0.0}
             run["num_inference_steps"] = inversion["num_inference_steps"]
