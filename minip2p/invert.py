@@ -8,8 +8,14 @@ direct          DDIM backwards without guidance (Song et al. 2021, section 4.3).
                 (Ju et al. 2024): it stays the picture, to the bit, whatever the edits do
 edit-friendly   the latent at every level is the picture with independent noise, and each step of
                 DDPM gets the new noise that leads from one level to the next, in every row
-                (Huberman-Spiegelglas et al. 2024); row 0 is put back as well
+                (Huberman-Spiegelglas et al. 2024); row 0 is put back as well. Its authors invert
+                with a guidance of 3.5 and edit with 15, or with 9 under Prompt-to-Prompt;
+                PIE-Bench's comparison inverts with 1 and edits with 7.5
 ddim            as direct, but nothing is put back: it shows what guidance does to an inversion
+
+Windows of an edit are fractions of the UNet calls that a run makes, without the skipped steps, so
+that 1 always means all of them. The authors of "edit-friendly" count fractions of all n steps from
+the first call made: their f is min(1, f n / (n - skip)) here.
 
 Shapes:  n UNet calls · h w height and width of the latents · H W of the picture
 """
@@ -21,7 +27,7 @@ import os
 import re
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Any, cast
+from typing import Any
 
 import numpy as np
 import torch
@@ -33,8 +39,8 @@ from .attention import CachedContext, Hook, Layer
 from .errors import check, describe, is_number
 from .picture import Picture
 from .progress import tqdm
-from .scheduler import DDIM, make_scheduler
-from .settings import BOUNDS, Bounds, check_finite, latent_size
+from .scheduler import DDIM
+from .settings import BOUNDS, Bounds, check_finite, choose, latent_size
 from .vae import to_images
 from .weights import StableDiffusion
 
@@ -110,17 +116,15 @@ class Inversion:
     def load(cls, path: str | os.PathLike[str]) -> Inversion:
         """Read a file that `save` wrote. Raises UserError for any other or a damaged file."""
         content, tensors = saved.read(path, KIND)
-        check(
-            "model" not in tensors,
-            f"{path} is of an earlier version of minip2p, which did not record the model exactly: "
-            "invert the picture again.",
-        )
         try:
             model, settings = content["model"], read_settings(content["settings"])
             is_sound = re.fullmatch("[0-9a-f]{16}", model) and fits(settings, tensors)
         except (KeyError, TypeError, ValueError):
             is_sound = False
-        check(is_sound, f"{path} is damaged: invert the picture again.")
+        check(
+            is_sound,
+            f"{path} is damaged, or of an earlier version of minip2p: invert the picture again.",
+        )
         seen, drawn = (
             Image.fromarray(tensors[name].numpy()) for name in ("picture", "reconstruction")
         )
@@ -184,12 +188,8 @@ def invert(
     num_inference_steps: of DDIM, whatever the model's scheduler is: a step of PNDM depends on the
     steps before it and can't be inverted. method: one of the above.
     guidance_scale: of the inversion alone; `generate` has the edit's. None is 1, no guidance, and
-    for "edit-friendly" what the model recommends. Its authors invert with 3.5 and edit with 15, or
-    with 9 under Prompt-to-Prompt; PIE-Bench's comparison inverts with 1 and edits with 7.5.
+    for "edit-friendly" what the model recommends.
     skip: the number of first, noisiest steps to leave out: a weaker edit, closer to the picture.
-    Windows of an edit are fractions of the UNet calls that a run makes, here of those that are
-    left, so that 1 always means all of them. The authors of "edit-friendly" count fractions of all
-    n steps from the first call made: their f is min(1, f n / (n - skip)) here.
     refinements: how often a step of DDIM is repeated, with the noise predicted at its own result
     (Pan et al. 2023). Only "ddim" needs them.
     seed: of the noise that "edit-friendly" draws.
@@ -197,30 +197,38 @@ def invert(
     progress: show a bar.
     Raises UserError for a picture or a setting that does not fit.
     """
-    eta = 1.0 if method == "edit-friendly" else 0.0
-    scheduler = cast(DDIM, make_scheduler(model, num_inference_steps, "ddim", eta))
-    h, w = latent_size(model, height, width, None)
+    steps = choose(model, "num_inference_steps", num_inference_steps)
     if guidance_scale is None:
         guidance_scale = model.defaults["guidance_scale"] if method == "edit-friendly" else 1.0
-    settings = read_settings(
-        {
-            "method": method,
-            "prompt": prompt,
-            "num_inference_steps": len(scheduler.timesteps),
-            "guidance_scale": guidance_scale,
-            "skip": skip,
-            "refinements": refinements,
-            "seed": seed,
-            "height": h * model.vae.f,
-            "width": w * model.vae.f,
-            "fit": fit,
-        }
-    )
-    source = picture.read(image, (settings["height"], settings["width"]), fit)
+    h, w = latent_size(model, height, width, None)
+    sizes = {"height": h * model.vae.f, "width": w * model.vae.f}
+    settings = {"method": method, "prompt": prompt, "fit": fit, "seed": seed, **sizes}
+    settings |= {"num_inference_steps": steps, "guidance_scale": guidance_scale}
+    settings = read_settings(settings | {"skip": skip, "refinements": refinements})
 
+    source = picture.read(image, (settings["height"], settings["width"]), fit)
     clean = model.vae.encode(source.tensor().to(model.device))  # 1 4 h w
-    levels = scheduler.timesteps[skip:]
-    calls = len(levels) * (1 + refinements)
+    trajectory, noises = find_trajectory(model, clean, settings, callback, progress)
+    check_finite("The inversion", trajectory if noises is None else noises, model.dtype)
+    drawn = to_images(model.vae.decode(clean))[0]
+    return Inversion(trajectory, noises, source, drawn, settings, model.identity())
+
+
+def find_trajectory(
+    model: StableDiffusion,
+    clean: Tensor,
+    settings: dict[str, Any],
+    callback: Callable[[int, int, Tensor], object] | None,
+    progress: bool,
+) -> tuple[Tensor, Tensor | None]:
+    """Return the latents from noise to the clean one, n+1 4 h w, and the noises of the steps.
+
+    clean: 1 4 h w. The noises are n 4 h w, or None where the method draws none.
+    """
+    is_friendly = settings["method"] == "edit-friendly"
+    scheduler = DDIM(settings["num_inference_steps"], eta=float(is_friendly), **model.schedule)
+    levels = scheduler.timesteps[settings["skip"] :]
+    calls = len(levels) * (1 + settings["refinements"])
     call = itertools.count()
     with tqdm(total=calls, disable=not progress) as bar:
 
@@ -229,15 +237,10 @@ def invert(
                 callback(next(call), calls, x.clone())
             bar.update()
 
-        predict = predictor(model, prompt, settings["guidance_scale"], after_call)
-        if method == "edit-friendly":
-            trajectory, noises = edit_friendly_noises(predict, scheduler, levels, clean, seed)
-        else:
-            trajectory = ddim_inversion(predict, scheduler, levels, clean, refinements)
-            noises = None
-    check_finite("The inversion", trajectory if noises is None else noises, model.dtype)
-    drawn = to_images(model.vae.decode(clean))[0]
-    return Inversion(trajectory, noises, source, drawn, settings, model.identity())
+        predict = predictor(model, settings["prompt"], settings["guidance_scale"], after_call)
+        if is_friendly:
+            return edit_friendly_noises(predict, scheduler, levels, clean, settings["seed"])
+        return ddim_inversion(predict, scheduler, levels, clean, settings["refinements"]), None
 
 
 def predictor(
@@ -304,7 +307,7 @@ def read_settings(settings: dict[str, Any]) -> dict[str, Any]:
     method, prompt = settings["method"], settings["prompt"]
     check(method in METHODS, f"The method is one of {', '.join(METHODS)}, not {method!r}.")
     check(isinstance(prompt, str), f"The prompt is one string, not {describe(prompt)}.")
-    steps = BOUNDS["num_inference_steps"].read(settings["num_inference_steps"])
+    steps = BOUNDS["num_inference_steps"].read(settings["num_inference_steps"], "The steps")
     bounds = BOUNDS | {"skip": Bounds(0, steps - 1, is_whole=True)}
     numbers = {name: bounds[name].read(settings[name], name) for name in settings if name in bounds}
     check(
