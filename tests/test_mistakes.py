@@ -75,6 +75,8 @@ edit("window of the fourth of three", WordSwap({"a#4": 0.4}), "'a#4'", THEIR_WOR
 edit("window of no word", WordSwap({5: 0.4}), "5", "string")
 edit("weight of an unknown word", Reweight({"tiger": 2.0}), "'tiger'", THEIR_WORDS)
 edit("weight of default_", Reweight({"default_": 2.0}), "'default_'", THEIR_WORDS)
+edit("word that no edited prompt has", Reweight({"tiger": 2.0}), "'tiger'", "squirrel, lion, panda",
+     prompts=("a squirrel", "a lion", "a panda"))  # fmt: skip
 edit("blend of an unknown word", lambda: WordSwap(local_blend=LocalBlend("tiger")), "'tiger'",
      THEIR_WORDS)  # fmt: skip
 generate(

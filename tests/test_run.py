@@ -24,6 +24,7 @@ from minip2p import (
     WordSwap,
     generate,
 )
+from minip2p.options import make_parser, make_run
 from minip2p.run import quoted
 from minip2p.settings import defaults_of
 
@@ -226,11 +227,13 @@ def test_python_makes_the_same_pictures(toy, tmp_path: Path, monkeypatch: pytest
         (Run([CAT, DOG], [PromptEdit(0.5, (0.1, 1))], model="a b"),
          f"--model 'a b' --to '{DOG}' --cross-replace-steps 0,0.5 "
          f"--self-replace-steps 0.1,1 '{CAT}'"),
-        (Run([CAT, DOG, DOG], [None, WordSwap({"dog": 0.5, "default_": 1})], ema=False),
+        (Run([CAT, DOG, DOG], [None, PromptEdit({"dog": 0.5, "default_": 1})], ema=False),
          f"--no-ema --to '{DOG}' --baseline --cross-replace-steps dog=0,0.5 "
          f"--cross-replace-steps 0,1 '{CAT}'"),
         (Run([CAT, DOG, DOG], [PromptEdit(self_replace_steps=end) for end in (0.5, 1)]),
          f"--to '{DOG}' --sweep self=0.5,1 '{CAT}'"),
+        (Run([CAT, CAT], [Reweight({"cat": -2}, PromptEdit(local_blend=LocalBlend("cat")))]),
+         f"--to '{CAT}' --reweight cat=-2 --blend cat '{CAT}'"),
         (Run(CAT, source=SourcePicture("a.png", "edit-friendly", guidance_scale=3.5)),
          f"--image a.png --method edit-friendly --inversion-guidance 3.5 '{CAT}'"),
     ],
@@ -239,6 +242,12 @@ def test_a_run_as_a_command(run: Run, words: str):
     command = run.command("--maps")
     assert command == ["python", "-m", "minip2p.sample", "--maps", *shlex.split(words)]
     assert shlex.split(quoted(command)) == command
+    assert make_run(make_parser().parse_args(command[3:])) == run
+
+
+def test_the_command_line_takes_the_kind_of_edit_that_fits():
+    for edited, edit in ((DOG, WordSwap()), ("a photo of a big dog", Refine())):
+        assert Run([CAT, edited], [edit]).command()[3:5] == ["--to", edited]
 
 
 @pytest.mark.parametrize(
@@ -280,9 +289,17 @@ def test_words_that_the_model_does_not_know_are_named_once(toy):
         generate(toy, "a cat", negative_prompt="a cafe\u0301", num_inference_steps=1)
 
 
-def test_an_edit_of_words_that_only_one_prompt_has_is_recorded(toy):
+@pytest.mark.parametrize(
+    "edit",
+    [WordSwap({"car": 0.4}), WordSwap(local_blend=LocalBlend("car")), Reweight({"car": 2})],
+    ids=["window", "blend", "weight"],
+)
+def test_a_word_acts_on_the_prompts_that_have_it(toy, edit):
     prompts = ["a cat riding a bicycle", "a cat riding a car", "a dog riding a bicycle"]
-    with pytest.warns(UserWarning, match="'car' does not act on"):
-        result = generate(toy, prompts, edit=WordSwap({"car": 0.4}), num_inference_steps=2)
+    settings = {"edit": edit, "num_inference_steps": 2, "decode": False}
+    with pytest.warns(UserWarning, match=f"'car' does not act on '{prompts[2]}'"):
+        result = generate(toy, prompts, **settings)
         again = Run.from_dict(result.run).generate(toy)
     assert again.latents.equal(result.latents)
+    alone = generate(toy, prompts[:2], **settings)
+    assert result.latents[:2].allclose(alone.latents, atol=1e-5)
