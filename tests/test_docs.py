@@ -14,7 +14,6 @@ import subprocess
 import sys
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import pytest
 
@@ -96,14 +95,15 @@ def quick(clone, monkeypatch, toy) -> None:
 # --- what runs -----------------------------------------------------------------------------------
 
 
-def in_time(page: Path) -> Any:
-    """Mark the recipes as slow: test_recipes.py runs their definitions."""
-    return pytest.param(page, marks=pytest.mark.slow) if page == RECIPES else page
+NOT_RUN = {
+    "sweep.md": "its block reads the results of a study",
+    "recipes.md": "test_recipes.py runs its definitions, and the slow test below all of it",
+}
 
 
-@pytest.mark.parametrize("page", [in_time(p) for p in PAGES if p.name != "sweep.md"], ids=name)
+@pytest.mark.parametrize("page", [p for p in PAGES if p.name not in NOT_RUN], ids=name)
 def test_python_blocks_run(page, quick):
-    run_page(page)  # sweep.md's block reads the results of a study
+    run_page(page)
 
 
 @pytest.mark.slow

@@ -8,7 +8,6 @@ under a hash of its case, the model and reference.py. `pytest -m slow` on this f
 reference again and renews the file.
 """
 
-import copy
 import functools
 import hashlib
 import json
@@ -440,85 +439,43 @@ MIXES: dict[str, Any] = {
 }
 
 
-def halfway(model: minip2p.StableDiffusion, size: tuple[int, int], edits: Any):
-    """Prompts of one length in words, their context, latents in the middle of a run, and call 5."""
-    texts = [SNOW, f"a photo of a lion eating a {TWO} in the snow"]
-    texts.append("a photo of a squirrel riding a car at the night")
-    prompts = [tokenize(model.tokenizer, text) for text in texts]
-    coarse = model.unet.coarse_size(*size)
-    edit = bind(edits, prompts, latent_size=size, coarse=coarse, defaults=model.defaults)
-    context = encode(model.text_encoder, prompts)
-    x = noise(*size).expand(len(prompts), -1, -1, -1)
-    x = next(minip2p.denoise(model.unet, minip2p.DDIM(2), x, context, context, 1.0))
-    return prompts, context, x, edit.at(5, 10, 0)
-
-
-def each_layer(unet: Any, x: Tensor, context: Tensor, edit: Any, written: Any) -> dict[Any, float]:
-    """Return how far the two ways differ at every layer of one UNet call, each on its own input."""
-    differences = {}
-
-    def compare(module: Attention, args: tuple, out: Tensor) -> None:
-        layer = module.layer
-        key = (layer.name, layer.place, layer.is_cross, tuple(out.shape[1:3]))
-        differences[key] = difference(out, module.forward(*args[:2], written))
-
-    layers = [m for m in unet.modules() if isinstance(m, Attention)]
-    hooks = [layer.register_forward_hook(compare) for layer in layers]
-    with torch.inference_mode():
-        unet(x, 501, context, edit)
-    for hook in hooks:
-        hook.remove()
-    assert len(differences) == len(layers)
-    return differences
-
-
 @pytest.mark.parametrize("name", MIXES)
 def test_every_layer_with_guidance_and_a_store_of_words(model, name):
-    """The unconditional rows are left alone, and what a fused edit reads is the map."""
-    prompts, context, x, edit = halfway(model, (16, 16), MIXES[name])
+    """Both forms are compared at every layer of UNet call 5 of 10, each time on the same input.
+
+    The unconditional rows are left alone, and what a fused edit reads is the map.
+    """
+    texts = [SNOW, f"a photo of a lion eating a {TWO} in the snow"]
+    texts.append("a photo of a squirrel riding a car at the night")  # as many words in each
+    prompts = [tokenize(model.tokenizer, text) for text in texts]
+    sizes = {"latent_size": (16, 16), "coarse": (16, 16)}
+    edit = bind(MIXES[name], prompts, **sizes, defaults=model.defaults).at(5, 10, 0)
+    cond = encode(model.text_encoder, prompts)
+    x = noise().expand(len(prompts), -1, -1, -1)
+    x = next(minip2p.denoise(model.unet, minip2p.DDIM(2), x, cond, cond, 1.0))  # halfway
+
     stores = [minip2p.AttentionStore(words=["snow", "lion", TWO]) for _ in range(2)]
     for store in stores:
         store.begin(prompts, (16, 16))
         store.at(0, 1, 0)
     fused, written = (Chain([edit, store]) for store in stores)
-    x, context = torch.cat([x, x]), torch.cat([context, context.flip(0)])
-    errors = each_layer(
-        model.unet,
-        x,
-        context,
-        PromptRows(fused, len(prompts)),
-        PromptRows(WrittenOut(written), len(prompts)),
-    )
+    written = PromptRows(WrittenOut(written), len(prompts))
+    errors = []
+
+    def compare(module: Attention, args: tuple, out: Tensor) -> None:
+        errors.append(difference(out, module.forward(*args[:2], written)))
+
+    layers = [m for m in model.unet.modules() if isinstance(m, Attention)]
+    handles = [layer.register_forward_hook(compare) for layer in layers]
+    with torch.inference_mode():
+        context = torch.cat([cond, cond.flip(0)])
+        model.unet(torch.cat([x, x]), 501, context, PromptRows(fused, len(prompts)))
+    for handle in handles:
+        handle.remove()
+    assert len(errors) == len(layers)
     read = [difference(*(store.average((n, n)) for store in stores)) for n in (16, 8, 4, 2)]
-    print(f"{name}: {max(errors.values()):.1e}, maps of words {max(read):.1e}")
-    assert max(*errors.values(), *read) < 1e-5
-
-
-@pytest.fixture
-def float64(monkeypatch):
-    """The package with float64 where it has float32."""
-    monkeypatch.setattr(Tensor, "float", Tensor.double)
-    torch.set_default_dtype(torch.float64)
-    yield
-    torch.set_default_dtype(torch.float32)
-
-
-@pytest.mark.parametrize("name", MIXES)
-def test_every_layer_fused_equals_written_out(model, float64, name):
-    """To the last digits, at every layer: at 32 x 32 self-attention is edited at some of them."""
-    in_float64 = copy.copy(model)
-    in_float64.unet = copy.deepcopy(model.unet).double()
-    in_float64.text_encoder = copy.deepcopy(model.text_encoder).double()
-    n = 32 if name == "some tokens" else 16
-    _, context, x, edit = halfway(in_float64, (n, n), MIXES[name])
-    assert x.dtype == context.dtype == torch.float64
-    errors = each_layer(in_float64.unet, x, context, edit, WrittenOut(edit))
-    print(f"{name}: {max(errors.values()):.1e}")
-    assert max(errors.values()) < 1e-12
-
-    layers = {(place, is_cross, size) for _, place, is_cross, size in errors}
-    places = {(place, n // k) for place in ("down", "up") for k in (1, 2, 4)} | {("mid", n // 8)}
-    assert layers == {(place, cross, (k, k)) for place, k in places for cross in (True, False)}
+    print(f"{name}: {max(errors):.1e}, maps of words {max(read):.1e}")
+    assert max(*errors, *read) < 2e-6
 
 
 # --- what it means -------------------------------------------------------------------------------
@@ -590,15 +547,6 @@ def test_auto_takes_the_edit_that_fits(model):
     assert torch.equal(auto, generate(model, prompts, [WordSwap(), Refine()]).latents)
 
 
-def test_a_mask_of_everything_is_no_blend_and_of_nothing_an_error(model):
-    def run(blend):
-        return generate(model, [SQUIRREL, LION], WordSwap(0.8, 0.4, blend)).latents
-
-    assert torch.equal(run(LocalBlend(mask=torch.ones(16, 16))), run(None))
-    with pytest.raises(ValueError, match="mask selects nothing: it has numbers from 0 to 0"):
-        run(LocalBlend(mask=torch.zeros(64, 64)))
-
-
 def test_a_blend_keeps_the_source_outside_of_its_mask(model):
     mask = torch.zeros(16, 16, dtype=torch.bool)
     mask[4:12, 4:12] = True
@@ -607,17 +555,6 @@ def test_a_blend_keeps_the_source_outside_of_its_mask(model):
     ).latents
     assert torch.equal(source[:, ~mask], edited[:, ~mask])
     assert difference(edited[:, mask], source[:, mask]) > 0.1
-
-
-def test_edits_in_one_batch_are_as_if_alone(model):
-    """Neither the other prompts nor their order matter to an edit."""
-    prompts, edits = zip(*(EDITS[name] for name in ("refine", "blend")), strict=True)
-    together = generate(model, [SQUIRREL, *prompts], list(edits)).latents
-    backwards = generate(model, [SQUIRREL, *prompts[::-1]], list(edits[::-1])).latents
-    for row, (prompt, edit) in enumerate(zip(prompts, edits, strict=True), 1):
-        alone = generate(model, [SQUIRREL, prompt], edit).latents[1]
-        assert difference(together[row], alone) < 1e-4
-        assert difference(backwards[len(prompts) + 1 - row], alone) < 1e-4
 
 
 # --- the store -----------------------------------------------------------------------------------

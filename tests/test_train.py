@@ -1,6 +1,7 @@
 """world/train.py: an interrupted run goes on as if nothing had been, and what it writes loads."""
 
 import json
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 
@@ -18,6 +19,7 @@ from world.scenes import FULL, SMALL, sample
 TINY = replace(
     model_folder.PRESETS["small"],
     scenes=24,
+    vae_channels=(8, 8, 16, 16),
     vae_samples=8,
     vae_batch=4,
     channels=(32, 32, 32, 32),
@@ -27,12 +29,14 @@ TINY = replace(
 
 
 @pytest.fixture(scope="module")
-def folder(tmp_path_factory) -> Path:
+def folder(tmp_path_factory) -> Iterator[Path]:
     """Train a model for two steps of each stage, by the code that made the bundled one."""
     out = tmp_path_factory.mktemp("trained")
-    train.prepare(TINY, out)
-    train.run(0, TINY, out, count=1, port=0)
-    return out
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(train, "UNSEEN", 8)
+        train.prepare(TINY, out)
+        train.run(0, TINY, out, count=1, port=0)
+        yield out
 
 
 class Interrupted(Exception):

@@ -40,7 +40,7 @@ from .model_folder import HEADS, LATENT, PRESETS, Preset, save_model, text_confi
 from .optimize import BRANCH, Stage, distributed, fit, main_process, processes
 from .vocabulary import save_tokenizer
 
-VALIDATION = 200_000  # first seed of scenes that are never trained on
+VALIDATION, UNSEEN = 200_000, 256  # first seed and number of scenes that are never trained on
 
 
 # ---- Scenes --------------------------------------------------------------------------------------
@@ -405,7 +405,7 @@ def prepare(preset: Preset, out: Path) -> None:
     """Make what all processes read: the scenes, drawn, and the tokenizer."""
     work = out / "work"
     work.mkdir(parents=True, exist_ok=True)
-    for name, first, n in (("training", 0, preset.scenes), ("unseen", VALIDATION, 256)):
+    for name, first, n in (("training", 0, preset.scenes), ("unseen", VALIDATION, UNSEEN)):
         if not (work / f"{name}.npy").exists():
             data = draw_data(preset, first, n)
             np.save(work / f"{name}-masks.npy", data.masks)
@@ -428,7 +428,7 @@ def run(number: int, preset: Preset, out: Path, count: int, port: int) -> None:
             np.load(work / f"{name}.npy", mmap_mode="r"),
             np.load(work / f"{name}-masks.npy"),
         )
-        for name, first, n in (("training", 0, preset.scenes), ("unseen", VALIDATION, 256))
+        for name, first, n in (("training", 0, preset.scenes), ("unseen", VALIDATION, UNSEEN))
     )
     vae = train_vae(preset, data, unseen, device, work)
     tokenizer = load_tokenizer(work / "tokenizer")
