@@ -181,21 +181,9 @@ def generate(
 
     from .record import record  # here: the loop can be read, and run, without it
 
-    run = record(
-        prompts,
-        edit,
-        sampler,
-        hooks=hooks,
-        latents=latents,
-        scheduler=scheduler,
-        source=source,
-        negative_prompt=negative_prompt,
-        seed=int(seed),
-        guidance_scale=float(guidance),
-        height=h * model.vae.f,
-        width=w * model.vae.f,
-        dtype=str(model.dtype).removeprefix("torch."),
-    )
+    plain = {"negative_prompt": negative_prompt, "seed": seed, "guidance_scale": guidance}
+    objects = {"hooks": hooks, "latents": latents, "scheduler": scheduler, "source": source}
+    run = record(model, prompts, edit, sampler, (h, w), **plain, **objects)
     # A copy, for the store may see more runs.
     return Result(images, x, copy.copy(store), run, hook, source)
 

@@ -12,7 +12,6 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from .align import window
-from .attention import Hook
 from .blend import LocalBlend
 from .edit import EditOfPrompt, Edits, PromptEdit, Refine, Reweight, WordSwap, base, edit_of_each
 from .errors import UserError, check, describe
@@ -91,21 +90,25 @@ def check_table(data: Any, keys: Sequence[str], name: str) -> None:
 
 
 def record(
+    model: Any,
     prompts: list[str],
     edit: Edits,
     sampler: Scheduler,
+    size: tuple[int, int],
     *,
-    hooks: Sequence[Hook],
+    negative_prompt: Any,
+    seed: Any,
+    guidance_scale: Any,
+    hooks: Any,
     latents: Any,
     scheduler: Any,
     source: Any,
-    **settings: Any,
 ) -> dict[str, Any]:
     """Return a run of `generate` as the plain data that `Run.from_dict` takes.
 
     What only the caller has, and no data can repeat, is listed under "callers_own".
-    scheduler: as the caller gave it. sampler: the object that it became. settings: what is written
-    down as it is.
+    sampler: the object that the caller's `scheduler` became. size: h w of the latents. The others
+    are arguments of `generate`.
     """
     callers_own = [f"the hook {type(hook).__name__}" for hook in hooks]
     edits = []
@@ -118,11 +121,16 @@ def record(
     run = {
         "prompts": prompts,
         "edits": edits,
-        **settings,
+        "negative_prompt": negative_prompt,
+        "seed": int(seed),
         # PNDM visits one timestep twice.
         "num_inference_steps": len({int(t) for t in sampler.timesteps}),
+        "guidance_scale": float(guidance_scale),
         "scheduler": type(sampler).__name__.lower(),
         "eta": float(getattr(sampler, "eta", 0.0)),
+        "height": size[0] * model.vae.f,
+        "width": size[1] * model.vae.f,
+        "dtype": str(model.dtype).removeprefix("torch."),
     }
     if source is not None:
         inversion = getattr(source, "settings", None)

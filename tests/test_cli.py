@@ -1,7 +1,5 @@
 """The command line as its user meets it: what it prints, what it writes, and what it never does."""
 
-import ast
-import graphlib
 import json
 import os
 import pkgutil
@@ -11,7 +9,7 @@ import shutil
 import signal
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -769,35 +767,6 @@ def test_nothing_heavy_comes_with_minip2p_a_mistake_or_the_bundled_model(tmp_pat
     outcome = run_apart(cwd=tmp_path, code=code)
     assert outcome.status == 0, outcome.err
     assert all(f"--{option}" in outcome.out for option in ("swap", "sweep", "model", "maps"))
-
-
-def imports(path: Path) -> Iterator[str]:
-    """Yield the modules of minip2p that a module imports, at its head and in its functions."""
-    package = ["minip2p", *path.relative_to(PACKAGE).parent.parts]
-    tree = ast.parse(path.read_text("utf-8"))
-    guards = [n for n in ast.walk(tree) if isinstance(n, ast.If)]
-    guards = [n for n in guards if ast.unparse(n.test) == "TYPE_CHECKING"]
-    for_types = {id(node) for guard in guards for node in ast.walk(guard)}
-    for node in ast.walk(tree):
-        if isinstance(node, ast.ImportFrom) and node.level and id(node) not in for_types:
-            base = package[: len(package) - node.level + 1]
-            base += node.module.split(".") if node.module else []
-            for alias in node.names:
-                inside = PACKAGE.joinpath(*base[1:], alias.name)
-                is_module = inside.with_suffix(".py").exists() or inside.is_dir()
-                yield ".".join([*base, alias.name] if is_module else base)
-
-
-def test_imports_run_one_way_and_nothing_imports_the_program():
-    graph = {}
-    for path in PACKAGE.rglob("*.py"):
-        parts = [part for part in path.relative_to(PACKAGE).with_suffix("").parts]
-        name = ".".join(["minip2p", *(part for part in parts if part != "__init__")])
-        if path != PACKAGE / "__init__.py":
-            graph[name] = {module for module in imports(path) if module not in ("minip2p", name)}
-    graphlib.TopologicalSorter(graph).prepare()  # raises CycleError for a circle
-    users = [name for name, modules in graph.items() if "minip2p.sample" in modules]
-    assert users == ["minip2p.__main__"]
 
 
 def test_the_program_says_its_version():
