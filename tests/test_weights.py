@@ -23,7 +23,6 @@ import huggingface_hub
 import hypothesis
 import pytest
 import torch
-import transformers
 from helpers import difference
 from huggingface_hub import errors
 from huggingface_hub.utils import filter_repo_objects
@@ -99,10 +98,10 @@ def read_json_header(path: Path) -> dict[str, Any]:
         return json.loads(file.read(int.from_bytes(file.read(8), "little")))
 
 
-def write_header(path: Path, header: dict[str, Any] | bytes, data: int) -> Path:
+def write_header(path: Path, header: dict[str, Any], data: int) -> Path:
     """Write a file with this header and `data` bytes of zeros."""
-    text = header if isinstance(header, bytes) else json.dumps(header).encode()
-    text += b" " * (-len(text) % 8) * isinstance(header, dict)
+    text = json.dumps(header).encode()
+    text += b" " * (-len(text) % 8)
     path.parent.mkdir(parents=True, exist_ok=True)
     with path.open("wb") as file:
         file.write(len(text).to_bytes(8, "little") + text)
@@ -180,8 +179,7 @@ def test_single_files_of_other_dtypes(layouts, tmp_path, dtype):
     assert torch.equal(weight, state[UNET + "input_blocks.0.0.weight"].float())
 
 
-def test_the_fp16_variant_is_chosen_for_half_precision_alone(layouts, tmp_path):
-    folder = Path(shutil.copytree(layouts["diffusers"], tmp_path / "both"))
+def test_the_fp16_variant_is_chosen_for_half_precision_alone(folder):
     file = folder / "unet" / "diffusion_pytorch_model.safetensors"
     marked = {k: torch.ones_like(t).half() for k, t in load_file(file).items()}
     save_file(marked, file.with_suffix(".fp16.safetensors"))
@@ -227,9 +225,8 @@ def unets(layouts) -> dict[str, dict[str, torch.Tensor]]:
     for percent in (5, 33, 50):  # as checkpoint mergers do
         states[f"{percent} % b"] = {k: torch.lerp(t, b[k], percent / 100) for k, t in a.items()}
     states["some blocks of b"] = a | {k: t for k, t in b.items() if "output_blocks" in k}
-    for name, value in ("0", 0.0), ("1", 1.0), ("nan", torch.nan), ("infinity", torch.inf):
-        states[name] = {k: torch.full_like(t, value) for k, t in a.items()}
-    states["one nan"] = a | {CONV_IN: states["nan"][CONV_IN]}
+    states["0"] = {k: torch.zeros_like(t) for k, t in a.items()}
+    states["one nan"] = a | {CONV_IN: a[CONV_IN] * torch.nan}
     states["other shapes"] = {k: t[:, :1] if t.ndim > 1 else t for k, t in a.items()}
     return states
 
@@ -242,12 +239,9 @@ TWO_UNETS = [  # the model's own, its average, metadata, whether the average is 
     ("33 % b", "a", {}, False, "not near to it"),
     ("b", "a", {}, False, r"correlate by -?0.0"),
     ("some blocks of b", "a", {}, False, "not near to it"),
-    ("a", "0", {}, False, "zero or not a number"),
-    ("a", "nan", {}, False, "zero or not a number"),
-    ("a", "one nan", {}, False, "zero or not a number"),
-    ("a", "1", {}, False, "not near to it"),
+    ("a", "0", {}, False, "not near to it"),
+    ("a", "one nan", {}, False, "not near to it"),
     ("a", "other shapes", {}, False, "other shapes"),
-    ("0", "a", {}, True, "average over training"),
     ("5 % b", "a", MERGED, False, "one of the models that it was mixed of"),
 ]
 
@@ -366,8 +360,7 @@ def test_identity_is_that_of_studies_made_before_and_follows_every_change():
     assert replace(model, unet=changed.unet).identity() == changed.identity()
 
 
-def test_what_the_folder_says_is_kept(layouts, tmp_path):
-    folder = Path(shutil.copytree(layouts["diffusers"], tmp_path / "edited"))
+def test_what_the_folder_says_is_kept(folder):
     config = folder / "scheduler" / "scheduler_config.json"
     edit_json(config, _class_name="DDIMScheduler", set_alpha_to_one=True, steps_offset=0)
     edit_json(folder / "unet" / "config.json", sample_size=[8, 12], attention_head_dim=[8] * 4)
@@ -379,10 +372,6 @@ def test_what_the_folder_says_is_kept(layouts, tmp_path):
     assert model.schedule["steps_offset"] == 1  # as diffusers' pipeline corrects it
     assert model.sample_size == (8, 12) and model.vae.scaling_factor == 0.5
     assert model.defaults["guidance_scale"] == 4.0
-    config.write_text(config.read_text("utf-8-sig"))
-    edit_json(config, _class_name="EulerDiscreteScheduler", beta_end=...)
-    model = load_on_cpu(folder)
-    assert model.scheduler == "ddim" and model.schedule["beta_end"] == 0.012
     config.unlink()
     assert load_on_cpu(folder).scheduler == "pndm"
 
@@ -392,24 +381,6 @@ def test_what_the_folder_says_is_kept(layouts, tmp_path):
 
 def published_shapes(part: str) -> Shapes:
     return {row[2]: tuple(map(int, row[4].split("x"))) for row in sd15_keys() if row[1] == part}
-
-
-def shapes_in(part: str) -> Shapes:
-    """Return the shapes of a part's parameters, under the names of its module."""
-    return {k.removeprefix("text_model."): s for k, s in published_shapes(part).items()}
-
-
-def single_file_shapes() -> Shapes:
-    """All 1145 tensors of v1-5-pruned-emaonly.safetensors."""
-    shapes = {row[0]: tuple(map(int, row[3].split("x"))) for row in sd15_keys()}
-    shapes[TEXT + "text_model.embeddings.position_ids:I64"] = (1, 77)
-    cumulative = ("alphas_cumprod", "alphas_cumprod_prev", "sqrt_alphas_cumprod")
-    roots = ("sqrt_one_minus_alphas_cumprod", "log_one_minus_alphas_cumprod")
-    inverse = ("sqrt_recip_alphas_cumprod", "sqrt_recipm1_alphas_cumprod")
-    posterior = ("variance", "log_variance_clipped", "mean_coef1", "mean_coef2")
-    for name in ("betas", *cumulative, *roots, *inverse, *(f"posterior_{p}" for p in posterior)):
-        shapes[name] = (1000,)
-    return shapes | {"model_ema.decay": (), "model_ema.num_updates": ()}
 
 
 def write_full_folder(folder: Path, tokenizer: Path) -> int:
@@ -424,20 +395,12 @@ def write_full_folder(folder: Path, tokenizer: Path) -> int:
     return total
 
 
-def test_names_and_shapes_of_the_full_size():
-    with torch.device("meta"):
-        modules = {"unet": UNet(), "vae": VAE(), "text_encoder": TextEncoder()}
-    for part, module in modules.items():
-        ours = {name: tuple(tensor.shape) for name, tensor in module.state_dict().items()}
-        assert ours == shapes_in(part)
-    assert [len(published_shapes(part)) for part in WEIGHTS] == [686, 248, 196]
-
-
 def test_the_full_size_single_file(tmp_path, clip_tokenizer_dir):
     """Every one of its tensors goes to its place: shown for names and shapes, on zeros."""
-    file = write_sparse(tmp_path / "v1-5.safetensors", single_file_shapes(), "F32")
+    shapes = {row[0]: tuple(map(int, row[3].split("x"))) for row in sd15_keys()}
+    shapes |= {TEXT + "text_model.embeddings.position_ids:I64": (1, 77), "betas": (1000,)}
+    file = write_sparse(tmp_path / "v1-5.safetensors", shapes, "F32")
     source = weights.from_single_file(file)
-    assert len(single_file_shapes()) == 1145
     places = {
         stored.key: (part, name)
         for part, tensors in source.tensors.items()
@@ -448,8 +411,13 @@ def test_the_full_size_single_file(tmp_path, clip_tokenizer_dir):
     }
     assert places == expected
     model = load(file, tokenizer=clip_tokenizer_dir, device="cpu")
+    with torch.device("meta"):  # of this size by default
+        modules = {"unet": UNet(), "vae": VAE(), "text_encoder": TextEncoder()}
     for part, state in parameters(model).items():
-        assert {name: tuple(tensor.shape) for name, tensor in state.items()} == shapes_in(part)
+        shapes = {k.removeprefix("text_model."): s for k, s in published_shapes(part).items()}
+        for tensors in (state, modules[part].state_dict()):
+            assert {name: tuple(tensor.shape) for name, tensor in tensors.items()} == shapes
+    assert [len(published_shapes(part)) for part in WEIGHTS] == [686, 248, 196]
 
 
 MEASURE = """
@@ -490,7 +458,6 @@ def test_peak_memory_of_loading_the_full_size(tmp_path, clip_tokenizer_dir):
 # --- what is refused: bytes -----------------------------------------------------------------------
 
 ONE = {"dtype": "F32", "shape": [2], "data_offsets": [0, 8]}
-TWO = {"dtype": "F32", "shape": [2], "data_offsets": [8, 16]}
 BAD_BYTES = {  # what the file begins with → a part of the message
     b"PK\x03\x04" + b"\x14\x00" * 40: "pickle",
     b"\x80\x02\x8a\nl\xfc\x9cF\xf9 j\xa8P\x19." + b"\0" * 40: "pickle",
@@ -498,20 +465,12 @@ BAD_BYTES = {  # what the file begins with → a part of the message
     b"version https://git-lfs.github.com/spec/v1\noid sha256:6ce0\nsize 42\n": "git lfs pull",
     b"<!DOCTYPE html><html><body>Not found</body></html>": "damaged",
     b"": "damaged",
-    b"\x10\x00\x00": "damaged",
     (100_000_001).to_bytes(8, "little") + b"{}": "damaged",
-    (1).to_bytes(8, "little") + b"{": "damaged",
-    (500).to_bytes(8, "little") + b'{"a": 1}': "damaged",
 }
-BAD_HEADERS: dict[str, tuple[Any, int]] = {  # header, bytes of data
-    "truncated": ({"a": ONE, "b": TWO}, 9),
-    "too long": ({"a": ONE, "b": TWO}, 17),
+BAD_HEADERS: dict[str, tuple[Any, int]] = {  # header, bytes of data; more are made at the end
+    "truncated": ({"a": ONE}, 7),
     "no tensors": ({}, 0),
-    "not JSON": (b"{a: 1}", 8),
-    "gap": ({"a": ONE, "b": TWO | {"data_offsets": [12, 20]}}, 20),
-    "a name twice": (b'{"a": %s, "a": %s}' % tuple(json.dumps(e).encode() for e in (ONE, TWO)), 16),
     "unknown dtype": ({"a": ONE | {"dtype": "F4"}}, 8),
-    "shape is huge": ({"a": ONE | {"shape": [2**62, 2**62, 0]}}, 8),
     "metadata of numbers": ({"__metadata__": {"format": 1}, "a": ONE}, 8),
 }
 
@@ -789,7 +748,6 @@ REFUSED_FOLDERS: list[tuple[str, str | bytes | None, str]] = [
     (U, None, "has no unet/diffusion_pytorch_model.safetensors"),
     ("vae/config.json", None, "has no vae/config.json"),
     ("tokenizer", None, "holds no tokenizer"),
-    ("tokenizer/tokenizer.json", b"{}", "tokenizer.* can't be read"),
     ("unet/config.json", b"{", "it is not JSON"),
     ("unet/config.json", b"[" * 100_000, "not JSON"),
     ("unet/config.json", b"[]", "not a table"),
@@ -951,39 +909,21 @@ def test_the_smallest_snapshot_is_asked_for_and_announced(hub, both_precisions, 
     assert second == f"Downloading 2.13 GB of {REPO} to the Hugging Face cache"
 
 
-def with_a_token(folder: Path) -> None:
-    """Add a textual inversion, as of 2022: its token stands in a file of its own."""
-    (folder / "tokenizer" / "added_tokens.json").write_text('{"<cat-toy>": 1050}')
-    edit_json(folder / "text_encoder" / "config.json", vocab_size=1051)
-    file = folder / "text_encoder" / "model.safetensors"
-    state = load_file(file)
-    name = next(name for name in state if "token_embedding" in name)
-    state[name] = torch.cat([state[name], torch.full((1, 128), 0.5)])
-    save_file(state, file)
-
-
-@pytest.mark.parametrize("layout", ["both", "none"])
-def test_the_hub_gives_the_local_model(hub, layouts, tmp_path, layout):
-    """A token in added_tokens.json was not asked for, and the model refused."""
-    repository = Path(shutil.copytree(layouts["diffusers_old"], tmp_path / "repository"))
-    if layout == "both":  # as a newer transformers saves it beside the files of before
-        with_a_token(repository)
-        tokenizer = transformers.CLIPTokenizerFast.from_pretrained(repository / "tokenizer")
-        tokenizer.save_pretrained(repository / "tokenizer")
-    if layout == "none":  # the barest: no configs of the tokenizer's
-        for name in ("tokenizer_config.json", "special_tokens_map.json"):
-            (repository / "tokenizer" / name).unlink()
-    (repository / "tokenizer" / "vocab.bin").write_bytes(b"PK\x03\x04")  # nobody needs it
-    hub.serve(repository)
-    local, remote = load(repository, device="cpu"), load(REPO, device="cpu")
-    prompt = "a photo of <cat-toy> and a cat"
-    ids = tokenize(remote.tokenizer, prompt).ids
-    assert ids == tokenize(local.tokenizer, prompt).ids
-    assert (1050 in ids) == (layout == "both")
-    assert len(remote.tokenizer) == len(local.tokenizer)
-    present = {f"tokenizer/{file.name}" for file in (repository / "tokenizer").iterdir()}
-    (request,) = hub.requests
-    assert present - request == {"tokenizer/vocab.bin"}
+def test_the_files_of_a_tokenizer_are_asked_for(hub, folder):
+    """Those that hold added tokens, too; a repository may lack its configs."""
+    tokenizer = folder / "tokenizer"
+    for name in ("vocab.json", "merges.txt", "special_tokens_map.json", "tokenizer_config.json"):
+        shutil.copyfile(EMOJI_TOKENIZER / name, tokenizer / name)
+    (tokenizer / "added_tokens.json").write_text("{}")  # of 2022
+    (tokenizer / "vocab.bin").write_bytes(b"PK\x03\x04")  # nobody needs it
+    hub.serve(folder)
+    load(REPO, device="cpu")
+    present = {f"tokenizer/{file.name}" for file in tokenizer.iterdir()}
+    assert len(present) == 7 and present - hub.requests.pop() == {"tokenizer/vocab.bin"}
+    for file in tokenizer.glob("*_*.json"):
+        file.unlink()
+    hub.serve(folder)
+    load(REPO, device="cpu")
 
 
 def test_fp16_is_chosen_part_by_part(hub, both_precisions):
@@ -1085,7 +1025,7 @@ NAMES = ["", ".x", "\ud800", "\0", "\n", "9" * 5000, "__metadata__", "v_pred", "
 
 def mutate(rng: random.Random, header: bytes, size: int) -> tuple[int, bytes, int]:
     """Return a length to write before the header, the header, and the size of the file."""
-    kind = rng.choice(["bytes", "length", "size", "name", "value", "lost", "entry"])
+    kind = rng.choice(["bytes", "length", "size", "name", "value", "entry"])
     if kind == "bytes":
         flipped = bytearray(header)
         for _ in range(rng.choice((1, 1, 2, 10, 1000))):
@@ -1101,11 +1041,7 @@ def mutate(rng: random.Random, header: bytes, size: int) -> tuple[int, bytes, in
         table[rng.choice([other, name, ""]) + rng.choice(NAMES)] = table.pop(name)
     elif kind == "value":
         field = rng.choice(["dtype", "shape", "data_offsets"])
-        old = table[name].get(field)
-        near = [old[::-1], old[1:], [*old, 1], [n * 2 for n in old]] if type(old) is list else []
-        table[name][field] = rng.choice(VALUES + near)
-    elif kind == "lost":
-        del table[name]
+        table[name][field] = rng.choice([*VALUES, table[other].get(field)])
     else:
         table[rng.choice([name, *NAMES])] = rng.choice(ENTRIES)
     changed = json.dumps(table).encode()

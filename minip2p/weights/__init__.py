@@ -29,8 +29,6 @@ from .model import StableDiffusion as StableDiffusion
 from .single_file import from_single_file
 
 EMOJI = Path(__file__).parents[1] / "models" / "emoji"
-
-
 DTYPES = ("float32", "float16", "bfloat16", "float64")
 
 
