@@ -1,6 +1,5 @@
 """The studio: from widgets to a run, whose turn it is, who gets in, and the page in a browser."""
 
-import ast
 import base64
 import contextlib
 import io
@@ -21,6 +20,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
+import count
 import pytest
 import torch
 from browser import Browser, start_browser
@@ -236,21 +236,15 @@ def test_who_waits_for_a_turn_leaves_when_out_of_date(studio: Studio):
 
 
 def test_an_older_change_never_wins(studio: Studio):
-    """Whatever the order in which threads note them; a studio that closes draws nothing."""
+    """And a studio that closes draws nothing."""
     visitor = Visitor()
-    changes = [float(n) for n in range(200)]
-    with ThreadPoolExecutor(8) as pool:
-        for change in pool.map(lambda n: swallow(studio.advance, visitor, n), changes[::-1]):
-            assert change is None
+    studio.advance(visitor, 199.0)
+    with pytest.raises(OutdatedError):
+        studio.advance(visitor, 5.0)
     assert visitor.sent == 199
     studio.is_closing = True
     with pytest.raises(OutdatedError):
         studio.draw(edit_run(studio), "", visitor, 300)
-
-
-def swallow(function: Callable[..., None], *arguments: Any) -> None:
-    with contextlib.suppress(OutdatedError):
-        function(*arguments)
 
 
 # --- answers -------------------------------------------------------------------------------------
@@ -318,14 +312,9 @@ def test_mistakes_at_the_start_are_one_sentence(monkeypatch, capsys):
 
 def test_gradio_is_imported_by_the_studio_alone_and_late():
     servers = {"gradio", "fastapi", "starlette", "uvicorn"}
-    for path in PACKAGE.rglob("*.py"):
-        modules = set()
-        for node in ast.walk(ast.parse(path.read_text("utf-8"))):
-            if isinstance(node, ast.Import):
-                modules |= {alias.name.partition(".")[0] for alias in node.names}
-            elif isinstance(node, ast.ImportFrom) and not node.level:
-                modules.add((node.module or "").partition(".")[0])
-        assert path.parent.name == "studio" or not modules & servers, path
+    for name, path in count.modules().items():
+        libraries = {target.split(".")[0] for target in count.imports(name, path, inside=True)}
+        assert name.startswith("minip2p.studio.") or not libraries & servers, name
     check = f"import sys, minip2p.studio.drawing; assert not {servers} & set(sys.modules)"
     subprocess.run([sys.executable, "-c", check], check=True, timeout=120)
 
@@ -378,9 +367,11 @@ class Server:
             return error.code
 
 
-def a_change(picture: Any, session: str = "x", fn_index: Any = 0, steps: int = 1) -> dict[str, Any]:
+def a_change(
+    picture: Any, session: str = "x", fn_index: Any = 0, steps: int = 1, edited: str = LION
+) -> dict[str, Any]:
     """Return what the page sends for a change."""
-    data = [None, 1, SETTINGS, SQUIRREL, LION, picture, steps, 4, 1, 1]
+    data = [None, 1, SETTINGS, SQUIRREL, edited, picture, steps, 4, 1, 1]
     names = {"session_hash": session, "event_data": None, "trigger_id": None}
     return {"fn_index": fn_index, "data": data} | names
 
@@ -459,19 +450,25 @@ def test_strangers_are_refused_and_the_studio_goes_on(server: Server):
     assert server.post(JOIN, a_change({})) == 200
 
 
-def visit(server: Server, session: str) -> None:
-    """Ask for a picture, and wait for the answer."""
-    assert server.post(JOIN, a_change({}, session)) == 200
+def visit(server: Server, session: str, edited: str = LION) -> str:
+    """Ask for pictures, wait for the answer, and return its page."""
+    assert server.post(JOIN, a_change({}, session, edited=edited)) == 200
     address = f"{server.address}/gradio_api/queue/data?session_hash={session}"
     with urllib.request.urlopen(address, timeout=300) as messages:
         done = next(line for line in messages if b'"process_completed"' in line)
-    assert b"3 pictures, 1 steps" in done
+    state, frame, *_ = json.loads(done.removeprefix(b"data:"))["output"]["data"]
+    assert state["value"].startswith("3 pictures, 1 steps")
+    return frame["value"]["page"]
 
 
 @pytest.mark.slow
-def test_sixty_visitors_at_once_get_an_answer(server: Server):
+def test_sixty_visitors_at_once_get_what_they_asked_for(server: Server):
+    edits = [LION, "a cat eating a burger"] * 30
+    sessions = [f"visitor-{n}" for n in range(60)]
     with ThreadPoolExecutor(60) as pool:
-        list(pool.map(lambda n: visit(server, f"visitor-{n}"), range(60)))
+        pages = list(pool.map(lambda *visitor: visit(server, *visitor), sessions, edits))
+    assert len(set(pages[::2])) == len(set(pages[1::2])) == 1
+    assert "lion" in pages[0] and "lion" not in pages[1]
 
 
 @pytest.mark.slow
@@ -509,24 +506,13 @@ def chromium(server: Server) -> Iterator[Browser]:
 
 
 class Page:
-    """The studio in one tab."""
+    """The studio's page, loaded anew."""
 
     def __init__(self, browser: Browser, address: str):
         self.browser, self.js = browser, browser.js
-        self.tab = browser("POST", "/window/new", type="tab")["handle"]
-        self.show()
         browser.resize(1400, 1300)  # no word is out of sight
         browser.open(address)
         self.wait_for()
-
-    def show(self) -> None:
-        self.browser("POST", "/window", handle=self.tab)
-        self.browser("POST", "/frame", id=None)
-
-    def close(self) -> None:
-        self.show()
-        first, *_ = self.browser("DELETE", "/window")
-        self.browser("POST", "/window", handle=first)
 
     def text(self, name: str) -> str:
         return self.js(f"return document.querySelector('#{name} textarea, #{name} input').value")
@@ -598,9 +584,7 @@ class Page:
 
 @pytest.fixture
 def tab(chromium: Browser, server: Server) -> Iterator[Page]:
-    page = Page(chromium, server.address)
-    yield page
-    page.close()
+    yield Page(chromium, server.address)
     assert chromium.errors() == []
 
 
@@ -658,26 +642,6 @@ def test_drag_a_window_and_choose_a_preset(tab: Page):
         assert tab.js("return figures.map(f => f.classList.contains('lit'))") == [True] * 3
     tab.browser.click("#words .presets button:nth-child(2)")
     tab.wait_for("--cross-replace-steps 0,1 ", "lion=0,0.4", "--self-replace-steps 0,0.4")
-
-
-@pytest.mark.slow
-def test_two_visitors_at_once(tab: Page, chromium: Browser, server: Server):
-    """Each gets what he asked for, and the same as if he were alone."""
-    other = Page(chromium, server.address)
-    tab.show()
-    tab.type("edited", "a painting of a cat eating a burger")
-    other.show()
-    other.type("edited", "a painting of a dog eating a burger")
-    other.wait_for("of a dog eating")
-    dog = other.pictures()
-    other.close()
-    tab.show()
-    tab.wait_for("of a cat eating")
-    cat = tab.pictures()
-    assert cat[0] == dog[0] and cat[2] != dog[2]
-    tab.type("edited", "a painting of a dog eating a burger")
-    tab.wait_for("of a dog eating")
-    assert tab.pictures() == dog
 
 
 @pytest.mark.slow
