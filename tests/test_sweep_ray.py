@@ -24,6 +24,8 @@ os.environ.update(RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER="0", RAY_USAGE_STATS_ENABLED
 ray = pytest.importorskip("ray", reason="Ray is not installed: pip install 'minip2p[ray]'")
 pytestmark = pytest.mark.slow
 
+ROOT = Path(minip2p.__file__).parents[1]
+SWEEP = ["-m", "minip2p.sweep", "study.toml", "--out"]
 RUNS = 24
 STUDY = f"""
 prompt = "{SQUIRREL}"
@@ -55,16 +57,15 @@ def folder(tmp_path: Path, toy_folder: Path) -> Path:
     return tmp_path
 
 
-def start(*words: str, cwd: Path, threads: int = 2, **options: Any) -> subprocess.Popen[str]:
-    package = str(Path(minip2p.__file__).parents[1])
+def start(*words: str, cwd: Path = ROOT, threads: int = 1) -> subprocess.Popen[str]:
+    """Start Python in a process of its own."""
     return subprocess.Popen(
-        [sys.executable, "-m", "minip2p.sweep", *words],
+        [sys.executable, *words],
         cwd=cwd,
-        env={**os.environ, "PYTHONPATH": package, "OMP_NUM_THREADS": str(threads)},
+        env={**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": str(threads)},
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
-        **options,
     )
 
 
@@ -74,13 +75,13 @@ def wait_for_rows(table: Path, n: int, process: subprocess.Popen[str]) -> None:
         time.sleep(0.01)
 
 
-def begin(folder: Path, nodes: Any, *options: str, **settings: Any) -> Any:
+def begin(folder: Path, nodes: Any, *options: str) -> subprocess.Popen[str]:
     """Start a sweep with two edits and their source in each of twelve calls of generate."""
-    words = ["study.toml", "--out", "out", "--batch", "3", "--address", nodes.address, *options]
-    return start(*words, cwd=folder, **settings)
+    words = ["out", "--batch", "3", "--address", nodes.address, *options]
+    return start(*SWEEP, *words, cwd=folder, threads=2)
 
 
-def ends(process: Any, status: int = 0) -> str:
+def ends(process: subprocess.Popen[str], status: int = 0) -> str:
     try:
         out, errors = process.communicate(timeout=240)
     finally:
@@ -96,8 +97,7 @@ def pids(folder: Path) -> list[int]:
 def test_the_same_as_in_one_process(folder: Path, nodes: Any):
     """Ids, and latents: to 1e-6 of the largest where both use one thread; pixels are the same."""
     ends(begin(folder, nodes, "--latents"))
-    words = ["study.toml", "--out", "here", "--batch", "3", "--latents"]
-    ends(start(*words, cwd=folder, threads=1))
+    ends(start(*SWEEP, "here", "--batch", "3", "--latents", cwd=folder))
     assert_complete(folder / "out", RUNS)
     assert len(set(pids(folder))) == 2
     on_ray, in_process = (
@@ -111,28 +111,17 @@ def test_the_same_as_in_one_process(folder: Path, nodes: Any):
 
 
 def test_workers_of_its_own_on_this_machine(folder: Path):
-    words = ["--out", "out", "--workers", "2"]
-    ends(start("study.toml", *words, cwd=folder))
+    ends(start(*SWEEP, "out", "--workers", "2", cwd=folder, threads=2))
     assert_complete(folder / "out", RUNS)
     assert len(set(pids(folder))) == 2
 
 
-def run_script(*words: str, threads: int = 1) -> None:
-    """Run a program of the repository that the package does not install."""
-    root = Path(__file__).parents[1]
-    environment = {**os.environ, "PYTHONPATH": str(root), "OMP_NUM_THREADS": str(threads)}
-    done = subprocess.run(
-        [sys.executable, *words], cwd=root, env=environment, capture_output=True, text=True
-    )
-    assert done.returncode == 0, done.stderr
-
-
 def test_pie_bench_among_workers(tmp_path: Path):
-    run_script("benchmarks/pie.py", "--make", str(tmp_path / "set"))
+    ends(start("benchmarks/pie.py", "--make", str(tmp_path / "set")))
     rows = {}
     for name, options in (("process", []), ("ray", ["--workers", "2"])):
         words = ["benchmarks/pie.py", str(tmp_path / "set"), "--steps", "2", "--device", "cpu"]
-        run_script(*words, "--out", str(tmp_path / name), *options)
+        ends(start(*words, "--out", str(tmp_path / name), *options))
         lines = (tmp_path / name / "results.jsonl").read_text().splitlines()[1:]
         rows[name] = {row["id"]: row for row in map(json.loads, lines)}
         assert len(lines) == len(rows[name]) == 6

@@ -258,13 +258,9 @@ def read(path: Path) -> list[StudyRun]:
         try:
             with error_in(f"{path}{place}"):
                 values = load()
-                for key in ONE_FOR_ALL:
-                    is_same = (
-                        key not in values or common.setdefault(key, values[key]) == values[key]
-                    )
-                    check(
-                        is_same, f"{key}: a study has one for all runs, and there is another before"
-                    )
+                for key in [key for key in ONE_FOR_ALL if key in values]:
+                    is_same = common.setdefault(key, values[key]) == values[key]
+                    check(is_same, f"{key}: a study has one for all runs, and this is another")
                 runs.append(read_run(values, path.parent))
         except UserError as error:
             sentences[f"{str(error).rstrip('.')}."] = None

@@ -38,7 +38,7 @@ class Worker:
         self.model = load(run.model, tokenizer=run.tokenizer, device=device, dtype=dtype)
         self.latents = latents
         # The runs of one picture follow each other.
-        self.invert = lru_cache(4)(lambda source: source.invert(self.model))
+        self.invert = lru_cache(4)(lambda run: run.invert(self.model))
 
     def describe(self) -> dict[str, Any]:
         """Return what is needed of the model to fill in its defaults and to name its runs."""
