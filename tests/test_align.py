@@ -124,6 +124,8 @@ REFINEMENTS = [
      "1; 2 3 4 <- own; 5 <- 4; 6 <- 5; 7 <- 6", "inconceivably: 2 3 4 5; unimaginably: 5"),
     ("", "a cat", "1 2 <- own", "cat: 2"),
     ("a cat", "", "", ""),
+    # A curly and a straight apostrophe are different tokens.
+    ("a cat's", "a big cat’s", "1; 2 <- own; 3 <- 2; 4 5 6 <- own", "cat: 3"),
     ("a cat's toy 🐱, 1950s", "a cat's toy 🐱, 1950s", "1-11", "1950s: 7 8 9 10 11; 🐱: 5"),
 ]  # fmt: skip
 
@@ -387,7 +389,7 @@ def test_find(clip_tokenizer, text, words):
         ("A painting of a squirrel,  (eating) a burger!", "A painting of a squirrel eating burger"),
         ("a cat's toy -- isn't it?", "a cat's toy -- isn't it"),
         ("a snow-covered house, 1950s", "a snow-covered house 1950s"),
-        ("日本 🐱 cat", "日本 🐱 cat"),
+        ("「日本」、 —cat— dog！ 🐱 …", "日本 cat dog 🐱 …"),  # punctuation of any script
         (f"a cafe{ACUTE}, naïve", f"a cafe{ACUTE} naïve"),
         ("_cat_ and \u0958", "cat and \u0958"),
         ("", ""),
