@@ -41,7 +41,7 @@ B9   unconditional rows were edited                         test_hooks.test_a_ho
 B10  stored maps were views that the edit changed           test_prompt_to_prompt.test_no_later_edit_reaches_a_stored_map
 B10  maps before and after the edit were mixed up           test_prompt_to_prompt.test_stored_maps_are_the_reference_s
 B11  blends read 16 x 16 maps at every size                 test_prompt_to_prompt.test_the_reference_ends_at_the_same_latents
-B13  only one word could be weighted                        test_align.test_token_weights
+B13  only one word could be weighted                        test_prompt_to_prompt.test_the_reference_ends_at_the_same_latents
 B14  weights did not act outside of the windows             test_prompt_to_prompt.test_the_comparison_sees
 B15  padding of a shorter prompt took over words            test_align.test_refinement
 B16  prompts of more than 77 tokens were an IndexError      test_align.test_both_are_too_long

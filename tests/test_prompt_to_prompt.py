@@ -5,7 +5,7 @@ the model that comes with the package; `test_the_comparison_sees` shows what suc
 
 The reference takes seconds a case, so its latents are kept in data/reference.safetensors, each
 under a hash of its case, the model and reference.py. `pytest -m slow` on this file runs the
-reference again and renews the file.
+reference again on some of them and on those that are new, and renews the file.
 """
 
 import functools
@@ -388,12 +388,18 @@ def test_the_comparison_sees(ours, reference_latents, how):
 
 @pytest.mark.slow
 def test_the_kept_latents_are_the_reference_s(theirs):
-    """Run the reference on every case. Renews the file, and fails, where the kept ones differ."""
+    """Run the reference on new cases and on every fifth of the others.
+
+    Where the kept latents differ it renews the file, and fails.
+    """
     cases = CASES | {how: wrong_case(how) for how in WRONG}
     latents, outdated = {}, []
-    for name, case in cases.items():
-        latents[name], run = run_theirs(theirs, case)
+    for n, (name, case) in enumerate(cases.items()):
         kept = kept_latents(name, case)
+        if kept is not None and n % 5:
+            latents[name] = kept
+            continue
+        latents[name], run = run_theirs(theirs, case)
         if kept is None or difference(kept, latents[name]) > 1e-5:
             outdated.append(name)
         if name in CASES:

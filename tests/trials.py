@@ -1,7 +1,5 @@
 """Try faults and hostile inputs, and count by group what held: python tests/trials.py [GROUP ...]
 
-    --package FOLDER    try the studio of another edition, whose package stands in this folder
-
 A trial fell unless it ended in time with the right result, or with one sentence and nothing
 changed. What was mended has tests of its own; this looks for its neighbours. Full disks need root.
 """
@@ -40,7 +38,7 @@ import test_weights
 import torch
 from helpers import Outcome, save_toy
 from PIL import Image
-from test_studio import BIRD, FILE, JOIN
+from test_studio import BIRD, FILE, JOIN, Server, a_change
 
 import minip2p
 from minip2p import AttentionStore, Inversion, UserError, WordSwap, sample
@@ -224,16 +222,8 @@ def pages(folder: Path, toy: Path) -> Trials:
 
 
 def studio(folder: Path, toy: Path) -> Trials:
-    def start() -> test_studio.Server:
-        return test_studio.Server(Path(tempfile.mkdtemp(dir=folder)), toy)
-
-    def change(image: Any = None, session: str = "x") -> dict[str, Any]:
-        """Return what the page sends; what is too much for one of the editions, it ignores."""
-        request = test_studio.a_change(image, session)
-        request["data"][2] = request["data"][2] | {"rows": [], "all": [0, 0.8], "layout": [0, 0.6]}
-        if test_studio.PACKAGE != test_cli.PACKAGE:
-            request["data"].pop()  # the second edition's inversion has no guidance
-        return request
+    def start() -> Server:
+        return Server(Path(tempfile.mkdtemp(dir=folder)), toy)
 
     def refuse(path: str, body: Any, **headers: str) -> None:
         began, answer = time.perf_counter(), 0
@@ -245,13 +235,6 @@ def studio(folder: Path, toy: Path) -> Trials:
         urllib.request.urlopen(server.address + "/config", timeout=15).close()
         assert answer // 100 in (0, 4) and seconds < 3, f"{answer} after {seconds:.2f} s"
 
-    def visit(n: int) -> None:
-        assert server.post(JOIN, change(session=f"visitor-{n}")) == 200
-        address = f"{server.address}/gradio_api/queue/data?session_hash=visitor-{n}"
-        with urllib.request.urlopen(address, timeout=300) as messages:
-            done = next(line for line in messages if b'"process_completed"' in line)
-        assert b'"success":true' in done.replace(b" ", b""), done[:200]
-
     bomb = io.BytesIO()
     Image.new("1", (16384, 10800)).save(bomb, "PNG")
     form = b'--x\r\nContent-Disposition: form-data; name="files"; filename="a.png"\r\n\r\n'
@@ -260,13 +243,13 @@ def studio(folder: Path, toy: Path) -> Trials:
     nested = b'{"fn_index": 0, "data":' + b"[" * 30000 + b"]" * 30000 + b"}"
     server = start()
     for name, path, body, headers in [
-        ("a path outside", JOIN, change(FILE | {"path": str(BIRD)}), {}),
-        ("/dev/zero", JOIN, change(FILE), {}),
-        ("a URL", JOIN, change(FILE | {"path": "http://127.0.0.1:9/x.png"}), {}),
-        ("another function", JOIN, change() | {"fn_index": 999}, {}),
+        ("a path outside", JOIN, a_change(FILE | {"path": str(BIRD)}), {}),
+        ("/dev/zero", JOIN, a_change(FILE), {}),
+        ("a URL", JOIN, a_change(FILE | {"path": "http://127.0.0.1:9/x.png"}), {}),
+        ("another function", JOIN, a_change({}) | {"fn_index": 999}, {}),
         ("deep nesting", JOIN, nested, {}),
-        ("another Host", JOIN, change(), {"Host": "evil.example"}),
-        ("another Origin", JOIN, change(), {"Origin": evil}),
+        ("another Host", JOIN, a_change({}), {"Host": "evil.example"}),
+        ("another Origin", JOIN, a_change({}), {"Origin": evil}),
         ("its upload", "/gradio_api/upload", form, multipart | {"Origin": evil}),
         ("a huge upload", "/gradio_api/upload", form + bytes(2**25), multipart),
         ("a huge picture", "/picture", bytes(2**25), {}),
@@ -274,13 +257,8 @@ def studio(folder: Path, toy: Path) -> Trials:
         ("no picture", "/picture", b"text", {}),
     ]:
         yield name, lambda: refuse(path, body, **headers)  # noqa: B023
-        try:
-            urllib.request.urlopen(server.address + "/config", timeout=15).close()
-        except OSError:  # for the trials that follow
-            server.process.kill()
-            server = start()
     with ThreadPoolExecutor(30) as pool:
-        turns = [pool.submit(visit, n) for n in range(30)]
+        turns = [pool.submit(test_studio.visit, server, f"visitor-{n}") for n in range(30)]
         yield from (("30 visitors at once", turn.result) for turn in turns)
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
         yield f"{number.name} with an open page", server.stop, number
@@ -371,10 +349,7 @@ def late(*_: object) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("groups", nargs="*", metavar="GROUP", help=", ".join(GROUPS))
-    parser.add_argument("--package", type=Path)
     options = parser.parse_args()
-    if options.package:
-        test_studio.PACKAGE = options.package.resolve() / "minip2p"
     signal.signal(signal.SIGALRM, late)
     warnings.simplefilter("ignore")
     table = ["group        tried  held  fell"]
