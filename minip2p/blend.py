@@ -98,7 +98,10 @@ class Blend:
 
     def add(self, maps: Tensor) -> None:
         """Add the maps of one layer at one UNet call. maps: b q 2"""
-        self.maps = maps if self.maps is None else self.maps + maps
+        if self.maps is None:
+            self.maps = maps.clone()
+        else:
+            self.maps += maps  # in place: a recorded call (fast.record) adds to the same tensor
 
     def __call__(self, latents: Tensor, is_last: bool) -> Tensor:
         """Return the latents with x_e ← x_source + mask (x_e - x_source). latents: b 4 h w"""

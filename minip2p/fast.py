@@ -13,19 +13,16 @@ import ctypes
 import math
 import sys
 from collections.abc import Callable, Hashable
-from dataclasses import replace
-from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from .attention import CachedContext, Chain, Hook, Layer, PromptRows
+from .attention import CachedContext, Chain, Hook, PromptRows
 from .edit import PromptToPrompt
 from .errors import check
 from .invert import HoldSource
-from .linear_edit import LinearEdit
 from .store import AttentionStore
 
 M_MMAP_MAX, M_MMAP_THRESHOLD, M_TRIM_THRESHOLD = -4, -3, -1  # glibc's malloc.h
@@ -232,90 +229,51 @@ class Recorder:
     def __init__(self, forward: Callable[..., Tensor]):
         self.forward = forward
         self.context: CachedContext | None = None
-        self.graphs: dict[Hashable, Graph | None] = {}
-        self.hooks: list[Any] = []  # they must live as long as the keys that hold their parts' ids
+        self.graphs: dict[Hashable, Any] = {}
+        self.parts: list[Any] = []  # they must live as long as the keys that hold their ids
 
     def __call__(
         self, x: Tensor, t: int | Tensor, context: Any, hook: PromptRows | None = None
     ) -> Tensor:
         """Call the UNet, or replay its recording. Shapes are those of UNet.forward."""
-        state = () if hook is None else state_of(hook.hook)
-        if state is None or not isinstance(context, CachedContext) or torch.is_grad_enabled():
+        parts = [] if hook is None else parts_of(hook.hook)
+        if parts is None or not isinstance(context, CachedContext) or torch.is_grad_enabled():
             return self.forward(x, t, context, hook)
-        if context is not self.context:
-            self.context, self.graphs, self.hooks = context, {}, []
+        if context is not self.context:  # another run
+            self.context, self.graphs, self.parts = context, {}, []
             self.pool = torch.cuda.graph_pool_handle()
-        key = (x.shape, x.dtype, state)
-        if key not in self.graphs:
+        key = (x.shape, x.dtype, *map(id, parts))
+        if key not in self.graphs:  # the call that makes cached keys and values, and sums of maps
             self.graphs[key] = None
-            self.hooks.append(hook)
+            self.parts.append(parts)
             return self.forward(x, t, context, hook)
-        graph = self.graphs[key] or Graph(self.forward, x, t, context, hook, self.pool)
-        self.graphs[key] = graph
-        return graph(x, t)
+        if self.graphs[key] is None:
+            inputs = x.clone(), torch.as_tensor(t, device=x.device).clone()
+            graph = torch.cuda.CUDAGraph()
+            with torch.cuda.graph(graph, pool=self.pool):
+                eps = self.forward(*inputs, context, hook)
+            self.graphs[key] = graph, inputs, eps
+        graph, inputs, eps = self.graphs[key]
+        inputs[0].copy_(x)
+        inputs[1].copy_(torch.as_tensor(t))
+        graph.replay()
+        return eps.clone()
 
 
-class Graph:
-    """A recorded UNet call, for other latents and timesteps of the same shape."""
+def parts_of(hook: Hook) -> list[Any] | None:
+    """List what a call's graph depends on besides its inputs; None: it can't be recorded.
 
-    def __init__(
-        self,
-        forward: Callable[..., Tensor],
-        x: Tensor,
-        t: int | Tensor,
-        context: CachedContext,
-        hook: PromptRows | None,
-        pool: Any,
-    ):
-        self.x, self.t = x.clone(), torch.as_tensor(t, device=x.device).clone()
-        self.readings: list[tuple[Callable[[Tensor], None], Tensor]] = []
-        if hook is not None:
-            hook = PromptRows(CollectReadings(hook.hook, self.readings), hook.prompts)
-        self.graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(self.graph, pool=pool):
-            self.eps = forward(self.x, self.t, context, hook)
-
-    def __call__(self, x: Tensor, t: int | Tensor) -> Tensor:
-        self.x.copy_(x)
-        self.t.copy_(torch.as_tensor(t))
-        self.graph.replay()
-        for add, maps in self.readings:
-            add(maps.clone())  # the next replay overwrites `maps`
-        return self.eps.clone()
-
-
-class CollectReadings(Hook):
-    """A linear hook whose probes' maps are collected instead of added, to be added at replays."""
-
-    def __init__(self, hook: Hook, readings: list[tuple[Callable[[Tensor], None], Tensor]]):
-        self.hook, self.readings = hook, readings
-
-    def applies_to(self, layer: Layer) -> bool:
-        return self.hook.applies_to(layer)
-
-    def linear(self, layer: Layer) -> LinearEdit:
-        edit = self.hook.linear(layer)
-        assert edit is not None  # see state_of
-
-        def collect(add: Callable[[Tensor], None], maps: Tensor) -> None:
-            self.readings.append((add, maps))
-
-        return replace(edit, probes=tuple((c, partial(collect, add)) for c, add in edit.probes))
-
-
-def state_of(hook: Hook) -> Hashable:
-    """Return what a call's graph depends on besides its inputs; None: it can't be recorded.
-
-    It can be where every hook is linear at every layer at which it acts.
+    It can be where all that a hook does at any layer is linear, and its sums are added in place.
     """
-    if isinstance(hook, Chain):
-        states = tuple(map(state_of, hook.hooks))
-        return None if None in states else states
-    if type(hook) is HoldSource:  # acts at no layer
-        return ()
-    if type(hook) is PromptToPrompt:
-        return id(hook.cross), id(hook.self_attn), id(hook.blends)
-    if type(hook) is AttentionStore:
-        is_linear = hook.columns is not None and not hook.kinds[False] and not hook.before_edit
-        return id(hook) if is_linear else None
-    return None
+    hooks = hook.hooks if isinstance(hook, Chain) else [hook]
+    parts: list[Any] = []
+    for part in hooks:
+        if type(part) is PromptToPrompt:
+            parts += [part.cross, part.self_attn, part.blends]
+        elif type(part) is AttentionStore and part.columns is not None:
+            if part.kinds[False] or part.before_edit or part.by_call:
+                return None
+            parts.append(part)
+        elif type(part) is not HoldSource:  # which acts at no layer
+            return None
+    return parts

@@ -4,20 +4,18 @@ import copy
 import json
 import subprocess
 import sys
-from collections.abc import Iterator
-from contextlib import nullcontext
+from collections.abc import Callable, Iterator
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
 import torch
 from helpers import LION, SQUIRREL, difference
 from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 import minip2p
 from minip2p import fast
-from minip2p.attention import CachedContext, Chain, PromptRows
-from minip2p.pipeline import bind_edit
 from minip2p.unet import UNet
 
 PROMPTS = [SQUIRREL, LION]
@@ -101,74 +99,96 @@ def test_memory_can_be_kept_and_given_back():
 # --- on a GPU -------------------------------------------------------------------------------------
 
 
-def edit_and_store(model: minip2p.StableDiffusion) -> tuple[Chain, minip2p.AttentionStore]:
-    """Return a hook that swaps a word, blends and reads a word's maps, for latents of 16 x 16."""
+class Tape(TorchDispatchMode):
+    """A CUDA graph for the CPU: keep the operators of a call, and run them again at a replay.
+
+    As in a recording on a GPU, what the call changes in place stays as it was before.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.operators: list[tuple] = []
+        self.changed: list[tuple[torch.Tensor, torch.Tensor]] = []
+
+    def __torch_dispatch__(self, operator, types, args=(), kwargs=None):
+        if operator._schema.is_mutable:
+            self.changed.append((args[0], args[0].clone()))
+        results = operator(*args, **(kwargs or {}))
+        self.operators.append((operator, args, kwargs or {}, results))
+        return results
+
+    def __exit__(self, *error: object) -> None:
+        super().__exit__(*error)
+        for tensor, before in reversed(self.changed):
+            tensor.copy_(before)
+
+    def replay(self) -> None:
+        for operator, args, kwargs, results in self.operators:
+            again = tree_leaves(operator(*args, **kwargs))
+            for result, value in zip(tree_leaves(results), again, strict=True):
+                if isinstance(result, torch.Tensor):
+                    result.copy_(value)
+
+
+def record_on_cpu(unet: UNet, patch: pytest.MonkeyPatch) -> fast.Recorder:
+    """Record the calls of a UNet on the CPU, with a Tape in place of each CUDA graph."""
+    patch.setattr(torch.cuda, "CUDAGraph", Tape)
+    patch.setattr(torch.cuda, "graph", lambda tape, pool: tape)
+    patch.setattr(torch.cuda, "graph_pool_handle", lambda: None)
+    patch.setattr(unet, "forward", fast.Recorder(unet.forward))
+    return unet.forward
+
+
+def check_recording(
+    model: minip2p.StableDiffusion, record: Callable[[], fast.Recorder], limit: float
+) -> None:
+    """Compare two runs before and after `record`, with every window state, a blend and a store."""
     blend = minip2p.LocalBlend("squirrel")
-    tokens, hook = bind_edit(model, PROMPTS, minip2p.WordSwap(0.8, 0.4, blend), (16, 16))
-    store = minip2p.AttentionStore(words=["burger"])
-    store.begin(tokens, (16, 16), model.device)
-    return Chain([hook, store]), store
+    edit = minip2p.WordSwap({"default_": 0.8, "lion": 0.5}, 0.95, local_blend=blend)
+
+    def run(seed: int) -> tuple[torch.Tensor, ...]:
+        store = minip2p.AttentionStore(words=["burger"])
+        settings = {"num_inference_steps": 12, "seed": seed, "store": store, "decode": False}
+        out = minip2p.generate(model, PROMPTS, edit=edit, **settings)
+        return out.latents, out.attention.word("burger"), out.edit.blends[0].maps
+
+    truth = [run(seed) for seed in (1, 2)]
+    recorder = record()
+    recorded = [run(seed) for seed in (1, 2)]
+    assert sum(graph is not None for graph in recorder.graphs.values()) >= 3
+    for outputs, expected in zip(recorded, truth, strict=True):
+        assert all(map(lambda a, b: difference(a, b) <= limit, outputs, expected))
 
 
-@torch.no_grad()
-def test_a_graph_reads_the_maps_that_hooks_read(toy, monkeypatch):
-    """All of a Graph but its recording, which needs a GPU: here its call is made but once."""
-    monkeypatch.setattr(torch.cuda, "CUDAGraph", lambda: SimpleNamespace(replay=lambda: None))
-    monkeypatch.setattr(torch.cuda, "graph", lambda *_, **__: nullcontext())
-    x, context = torch.randn(4, 4, 16, 16), CachedContext(torch.randn(4, 77, 128))
-    outputs, stores, blends = [], [], []
-    for recorded in (False, True):
-        hook, store = edit_and_store(toy)
-        arguments = x, torch.tensor(501), context, PromptRows(hook.at(0, 10, 501), 2)
-        if recorded:
-            outputs.append(fast.Graph(toy.unet.forward, *arguments, pool=None)(x, 501))
-        else:
-            outputs.append(toy.unet(*arguments))
-        stores.append(store.word("burger"))
-        blends.append(hook.hooks[0].blends[0].maps)
-    for plain, from_graph in (outputs, stores, blends):
-        assert torch.equal(plain, from_graph)
+def test_a_recorded_run_is_the_run_itself_where_a_tape_is_the_graph(toy, monkeypatch):
+    check_recording(toy, lambda: record_on_cpu(toy.unet, monkeypatch), limit=0)
 
 
-def test_which_hooks_are_recorded(toy):
-    """Calls share a graph while their windows are the same; what is not linear has none."""
-    chain, store = edit_and_store(toy)
-    states = [fast.state_of(chain.at(call, 10, 0)) for call in range(10)]
-    assert states[0] == states[3] != states[4] == states[7] != states[8] == states[9]
-    assert fast.state_of(edit_and_store(toy)[0].at(0, 10, 0)) != states[0]
-    for hook in (minip2p.Hook(), minip2p.AttentionStore(), Chain([store, minip2p.Hook()])):
-        assert fast.state_of(hook) is None
-    before = minip2p.AttentionStore(words=["burger"], before_edit=True)
-    before.begin(store.prompts, (16, 16), toy.device)
-    assert fast.state_of(before) is None
+@pytest.mark.gpu
+def test_a_recorded_run_is_the_run_itself():
+    model = minip2p.load(device="cuda")
+    check_recording(model, lambda: fast.record(model.unet).forward, limit=1e-4)
+
+
+@pytest.mark.parametrize(
+    "hook",
+    [
+        minip2p.Hook(),
+        minip2p.AttentionStore(),
+        minip2p.AttentionStore(words=["burger"], before_edit=True),
+        minip2p.AttentionStore(words=["burger"], by_call=True),
+    ],
+)
+def test_hooks_that_python_must_run_are_not_recorded(toy, monkeypatch, hook):
+    recorder = record_on_cpu(toy.unet, monkeypatch)
+    settings = {"num_inference_steps": 3, "decode": False}
+    minip2p.generate(toy, PROMPTS, edit=minip2p.WordSwap(), hooks=[hook], **settings)
+    assert not recorder.graphs
 
 
 def test_only_a_unet_on_a_gpu_is_recorded(wide_unet):
     with pytest.raises(minip2p.UserError, match="not on cpu"):
         fast.record(wide_unet)
-
-
-@pytest.mark.gpu
-def test_a_recorded_run_is_the_run_itself():
-    """With every state of the windows, a blend, a word's maps, and a second run after the first."""
-    model = minip2p.load(device="cuda")
-    blend = minip2p.LocalBlend("squirrel")
-    edit = minip2p.WordSwap({"default_": 0.8, "lion": 0.5}, 0.4, local_blend=blend)
-
-    def run(seed: int) -> tuple[torch.Tensor, torch.Tensor]:
-        store = minip2p.AttentionStore(words=["burger"])
-        settings = {"num_inference_steps": 12, "seed": seed, "store": store, "decode": False}
-        out = minip2p.generate(model, PROMPTS, edit=edit, **settings)
-        return out.latents, out.attention.word("burger")
-
-    truth = [run(seed) for seed in (1, 2)]
-    fast.record(model.unet)
-    recorded = [run(seed) for seed in (1, 2)]
-    recorder = model.unet.forward
-    assert sum(isinstance(graph, fast.Graph) for graph in recorder.graphs.values()) >= 3
-    for (latents, maps), (expected_latents, expected_maps) in zip(recorded, truth, strict=True):
-        assert difference(latents, expected_latents) < 1e-4
-        assert difference(maps, expected_maps) < 1e-4
 
 
 # --- compiled -------------------------------------------------------------------------------------
