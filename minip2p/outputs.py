@@ -131,9 +131,10 @@ def is_ours(path: Path) -> bool:
             head = file.read(4096)
         if not head.startswith(PNG):
             return "<title>minip2p · ".encode() in head
-        return read_png(path)[1].get("Software", "").startswith("minip2p ")
+        texts = read_png(path)[1]
     except (OSError, UserError):
         return False
+    return texts.get("Software", "").startswith("minip2p ") or {"model", "prompts"} <= texts.keys()
 
 
 def check_places(pictures: Iterable[Path], others: Mapping[str, Path | None]) -> None:

@@ -164,14 +164,20 @@ def repeated_run(options: argparse.Namespace, texts: dict[str, str]) -> Run:
 
 def read_record(path: Path, texts: dict[str, str]) -> tuple[Run, dict[str, bool], str]:
     """Return the run in a picture's metadata, the options of EXTRAS, and the name of its page."""
-    check(
-        "run" in texts,
-        f"{path} does not say how it was made: --repeat takes a picture that minip2p's command "
-        "line wrote, with its metadata.",
-    )
+    if "run" not in texts and "command" not in texts:
+        raise UserError(
+            f"{path} does not say how it was made: --repeat takes a picture that minip2p's command "
+            "line wrote, with its metadata."
+        )
     try:
-        run = Run.from_dict(json.loads(texts["run"]))
-        extras = json.loads(texts.get("options", "{}"))
+        if "run" in texts:
+            run = Run.from_dict(json.loads(texts["run"]))
+            extras = json.loads(texts.get("options", "{}"))
+        else:  # of the second edition: its command, as a list of words
+            words = json.loads(texts["command"])
+            check(words and not {"-h", "--help", "--version"} & {*words}, "it is another command")
+            recorded = make_parser().parse_args(words)
+            run, extras = make_run(recorded), vars(recorded)
         page_name = Path(extras.get("html") or "").name
         return run, {name: bool(extras.get(name)) for name in EXTRAS}, page_name
     except (ValueError, TypeError, AttributeError, RecursionError) as error:
