@@ -65,16 +65,19 @@ def is_excerpt(block: str) -> bool:
     return False
 
 
-def run_page(page: Path) -> list[str]:
+LONG = "takes minutes"  # the HTML comment before a block that shows no values and takes so long
+
+
+def run_page(page: Path, with_long: bool = True) -> list[str]:
     """Run a page's Python blocks in order, in one namespace. Return the values that changed.
 
     A line `print(...)  # value` shows its value, and in a loop `value, then value`. Other printed
-    lines are returned, too.
+    lines are returned, too. with_long: run the blocks that are marked as LONG, too.
     """
     changed: list[str] = []
     namespace: dict[str, object] = {"__name__": "docs"}
-    for line, _, block in fenced(page, "python"):
-        if is_excerpt(block):
+    for line, comment, block in fenced(page, "python"):
+        if is_excerpt(block) or (comment == LONG and not with_long):
             continue
         printed = io.StringIO()
         code = compile("\n" * (line - 1) + block, str(page), "exec")

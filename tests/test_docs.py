@@ -14,6 +14,7 @@ import subprocess
 import sys
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -95,27 +96,24 @@ def quick(clone, monkeypatch, toy) -> None:
 # --- what runs -----------------------------------------------------------------------------------
 
 
-NOT_RUN = {
-    "sweep.md": "its block reads the results of a study",
-    "recipes.md": "test_recipes.py runs its definitions, and the slow test below all of it",
-}
+def in_time(page: Path) -> Any:
+    """Mark the recipes as slow: test_recipes.py runs their definitions."""
+    return pytest.param(page, marks=pytest.mark.slow) if page == RECIPES else page
 
 
-@pytest.mark.parametrize("page", [p for p in PAGES if p.name not in NOT_RUN], ids=name)
+@pytest.mark.parametrize("page", [in_time(p) for p in PAGES if p.name != "sweep.md"], ids=name)
 def test_python_blocks_run(page, quick):
-    run_page(page)
+    run_page(page)  # sweep.md's block reads the results of a study
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("page", [GUIDE, RECIPES], ids=name)
-def test_printed_values_are_those_of_the_page(page, clone):
-    assert not [line for line in run_page(page) if " says " in line]
+def test_printed_values_are_those_of_the_guide(clone):
+    assert not [line for line in run_page(GUIDE, with_long=False) if " says " in line]
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("page", [README, GUIDE], ids=name)
-def test_sample_commands_run(page, clone):
-    for command in commands(page):
+def test_sample_commands_of_the_guide_run(clone):
+    for command in commands(GUIDE):
         if not command.startswith(SAMPLE) or "--model" in command:  # gigabytes of weights
             continue
         words = shlex.split(re.sub(r"--steps \d+", "", command))[1:]
@@ -125,7 +123,7 @@ def test_sample_commands_run(page, clone):
         run = subprocess.run(argv, capture_output=True, text=True, env=environment)
         assert run.returncode == 0, (command, run.stderr)
         if "--explain" in command:  # the page shows what it prints
-            shown = {line.strip() for line in page.read_text("utf-8").splitlines()}
+            shown = {line.strip() for line in GUIDE.read_text("utf-8").splitlines()}
             assert {line.strip() for line in run.stdout.splitlines()} <= shown
 
 
