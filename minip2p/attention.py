@@ -22,7 +22,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import scaled_dot_product_attention
 
-from .errors import check
+from .errors import UserError
 
 if TYPE_CHECKING:
     from .align import Prompt
@@ -167,9 +167,9 @@ class Chain(Hook):
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor, layer: Layer) -> Tensor:
         active = self.at_layer(layer)
-        return (
-            active[0].attend(q, k, v, layer) if len(active) == 1 else super().attend(q, k, v, layer)
-        )
+        if len(active) == 1:
+            return active[0].attend(q, k, v, layer)
+        return super().attend(q, k, v, layer)
 
     def __call__(self, probs: Tensor, layer: Layer) -> Tensor:
         for hook in self.at_layer(layer):
@@ -187,16 +187,13 @@ class Chain(Hook):
         """List the hooks that act at this layer. Raises UserError if they can't act together."""
         active = [hook for hook in self.hooks if hook.applies_to(layer)]
         for hook in active if len(active) > 1 else ():
-            has_own = (
-                type(hook).attend is not Hook.attend
-                or type(hook).attend_all_rows is not Hook.attend_all_rows
-            )
-            check(
-                not has_own,
-                f"{type(hook).__name__} computes the attention of {layer.name} by itself, so "
-                "nothing else can act there: let its applies_to, or that of the other hooks, "
-                "leave this layer out.",
-            )
+            cls = type(hook)
+            if (cls.attend, cls.attend_all_rows) != (Hook.attend, Hook.attend_all_rows):
+                raise UserError(
+                    f"{cls.__name__} computes the attention of {layer.name} by itself, so nothing "
+                    "else can act there: let its applies_to, or that of the other hooks, leave "
+                    "this layer out."
+                )
         return active
 
     def before_step(self, latents: Tensor) -> Tensor:

@@ -78,11 +78,9 @@ class PromptEdit:
     def named_words(self) -> list[tuple[str, str]]:
         """List the words that the edit names, each after the setting that names it."""
         windows, blend = self.cross_replace_steps, self.local_blend
-        named = (
-            [("cross_replace_steps", word) for word in windows if word != DEFAULT]
-            if isinstance(windows, Mapping)
-            else []
-        )
+        named = []
+        if isinstance(windows, Mapping):
+            named += [("cross_replace_steps", word) for word in windows if word != DEFAULT]
         if blend:
             named += [("local_blend", word) for word in blend.words]
             named += [("subtract", word) for word in blend.subtract]
