@@ -409,6 +409,7 @@ JOIN = "/gradio_api/queue/join"
         (404, "PUT / content-length=9"),
         (411, f"POST {JOIN}"),
         (411, f"POST {JOIN} content-length=-1"),
+        (411, "POST /picture content-length=9 transfer-encoding=chunked"),
         (413, f"POST {JOIN} content-length=70000"),
         (413, "POST /picture content-length=10485761"),
     ],

@@ -1,4 +1,4 @@
-"""The studio's door: which requests reach Gradio.
+"""Decide which requests reach Gradio.
 
 Gradio reads any path or URL that a request calls a file, accepts uploads from pages of other
 sites, and offers many routes that the studio does not need. Here a request must come from the
@@ -87,8 +87,9 @@ def refuse(scope: Any) -> tuple[int, str] | None:
     if method != "POST" or path not in MOST_BYTES:
         return 404, "The studio has no such page."
     length = headers.get("content-length", "")
-    if not (length.isascii() and length.isdigit()):
-        return 411, "A request has a length."
+    # A chunked body may be longer than the length that its request states.
+    if "transfer-encoding" in headers or not (length.isascii() and length.isdigit()):
+        return 411, "A request has a length, and no transfer encoding."
     if int(length) > MOST_BYTES[path]:
         return 413, f"A request to {path} has at most {MOST_BYTES[path]} bytes."
     return None
