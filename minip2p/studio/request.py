@@ -1,4 +1,4 @@
-"""From the widgets of the studio's page to a `Run`."""
+"""Turn the widgets of the studio's page into a `Run`."""
 
 from __future__ import annotations
 

@@ -1,6 +1,6 @@
-"""Every run of a study: python -m minip2p.sweep study.toml --out runs/study.
+"""Make every run of a study: python -m minip2p.sweep study.toml --out runs/study.
 
-A picture for each run, named by the run's id, and a row in results.jsonl, both written as soon as
+Each run has a picture, named by the run's id, and a row in results.jsonl, both written as soon as
 they are made. What is there is not made again, so the same command goes on after whatever stopped
 it. Runs that share their source are made in one call of `generate`.
 """

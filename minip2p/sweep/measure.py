@@ -1,4 +1,4 @@
-"""How far an edited picture is from its source, inside and outside of where its words look.
+"""Measure how far an edited picture is from its source, where its words look and elsewhere.
 
 Shapes:  h w height and width, of a map in cells, of a picture in pixels
 """

@@ -1,8 +1,9 @@
-"""The same work on Ray (Moritz et al. 2018): a worker for each GPU, or for a share of the CPUs.
+"""Share a sweep's work out on Ray (Moritz et al. 2018): a worker for each GPU or share of the CPUs.
 
-Ray places the workers, starts them again and repeats their work. Here is only which worker gets
-which group next. `ray.util.ActorPool` hands out groups as well, but it puts no new worker in the
-place of one that Ray has given up, and keeps idle workers where others need the place.
+Ray places the workers, starts them again and repeats their work. What is left to do here is to
+choose which worker gets which group next. `ray.util.ActorPool` hands out groups as well, but it
+puts no new worker in the place of one that Ray has given up, and keeps idle workers where others
+need the place.
 """
 
 from __future__ import annotations

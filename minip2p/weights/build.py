@@ -18,7 +18,7 @@ from .files import Config, Tensors, WeightsError
 Module = TypeVar("Module", bound=nn.Module)
 
 # fmt: off
-UNET_FIELDS = {  # what minip2p builds, and SD 1.x means where the field is absent
+UNET_FIELDS = {  # what minip2p builds, and what SD 1.x means by a field that is absent
     "in_channels": 4, "out_channels": 4, "act_fn": "silu", "norm_eps": 1e-5,
     "use_linear_projection": False, "addition_embed_type": None, "time_cond_proj_dim": None,
     "mid_block_type": "UNetMidBlock2DCrossAttn", "mid_block_scale_factor": 1,
