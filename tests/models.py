@@ -131,11 +131,6 @@ def edit_json(path: Path, **fields: Any) -> None:
     path.write_text(json.dumps(content))
 
 
-def keep_fields(path: Path, *names: str) -> None:
-    content = json.loads(path.read_text())
-    path.write_text(json.dumps({k: v for k, v in content.items() if k in names}))
-
-
 def save_diffusers(folder: Path, truth: Truth, tokenizer: Path) -> Path:
     """As today's diffusers saves it."""
     betas = dict(beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear")
@@ -150,6 +145,17 @@ def save_diffusers(folder: Path, truth: Truth, tokenizer: Path) -> Path:
         requires_safety_checker=False,
     ).save_pretrained(folder)
     return folder
+
+
+BLOCKS = "_class_name block_out_channels down_block_types up_block_types"
+OLD_FIELDS = {  # of configs as of 2022
+    "unet/config.json": f"{BLOCKS} cross_attention_dim attention_head_dim",
+    "vae/config.json": f"{BLOCKS} layers_per_block",
+    "text_encoder/config.json": "model_type hidden_act vocab_size hidden_size intermediate_size "
+    "num_hidden_layers num_attention_heads",
+    "scheduler/scheduler_config.json": "_class_name num_train_timesteps beta_start beta_end "
+    "beta_schedule skip_prk_steps steps_offset",
+}
 
 
 def age(folder: Path, tokenizer: Path) -> None:
@@ -167,17 +173,10 @@ def age(folder: Path, tokenizer: Path) -> None:
     state = {"text_model." + k.removeprefix("text_model."): t for k, t in load_file(file).items()}
     save_file(state | {"text_model.embeddings.position_ids": torch.arange(77)[None]}, file)
 
-    shared = ("_class_name", "block_out_channels", "down_block_types", "up_block_types")
-    keep_fields(
-        folder / "unet" / "config.json", *shared, "cross_attention_dim", "attention_head_dim"
-    )
-    keep_fields(folder / "vae" / "config.json", *shared, "layers_per_block")
-    numbers = ("num_hidden_layers", "num_attention_heads", "vocab_size")
-    sizes = ("hidden_size", "intermediate_size", "model_type", "hidden_act")
-    keep_fields(folder / "text_encoder" / "config.json", *numbers, *sizes)
-    scheduler = folder / "scheduler" / "scheduler_config.json"
-    betas = ("beta_start", "beta_end", "beta_schedule", "num_train_timesteps")
-    keep_fields(scheduler, "_class_name", *betas, "skip_prk_steps", "steps_offset")
+    for name, fields in OLD_FIELDS.items():
+        content = json.loads((folder / name).read_text())
+        content = {field: v for field, v in content.items() if field in fields.split()}
+        (folder / name).write_text(json.dumps(content))
 
     shutil.rmtree(folder / "tokenizer")
     shutil.copytree(tokenizer, folder / "tokenizer", ignore=lambda *_: ["tokenizer.json"])

@@ -43,8 +43,10 @@ class Interrupted(Exception):
     pass
 
 
-def line(steps: int, work: Path, fail_at: int | None = None) -> tuple[nn.Module, list[float]]:
-    """Fit a line and return the loss of every step, of which one may raise Interrupted."""
+def line(
+    steps: int, work: Path, fail_at: int | None = None, nan_at: int | None = None
+) -> tuple[nn.Module, list[float]]:
+    """Fit a line, and return it and the loss of every step; one may raise Interrupted or be nan."""
     torch.manual_seed(0)
     module, losses = nn.Linear(3, 1), []
 
@@ -55,6 +57,7 @@ def line(steps: int, work: Path, fail_at: int | None = None) -> tuple[nn.Module,
         if len(losses) == fail_at:
             raise Interrupted
         value = ((module(x) - x.sum(dim=1, keepdim=True)) ** 2).mean()
+        value = value * torch.nan if len(losses) == nan_at else value
         losses.append(value.item())
         return {"loss": value}
 
@@ -79,18 +82,8 @@ def test_an_interrupted_run_goes_on_as_if_nothing_had_been(tmp_path):
 
 def test_a_loss_that_is_no_number_ends_the_run(tmp_path):
     """The run ends before the next checkpoint replaces the last."""
-    module = nn.Linear(3, 1)
-
-    def draw(generator: torch.Generator, progress: float) -> list[torch.Tensor]:
-        return [torch.tensor(float("nan") if progress >= 0.3 else 1.0)]
-
-    def loss(factor: torch.Tensor) -> dict[str, torch.Tensor]:
-        return {"loss": module.weight.sum() * factor}
-
-    modules = nn.ModuleDict({"line": module})
-    stage = optimize.Stage("line", modules, draw, loss, lambda: {}, 100, 1, 0.1)
-    with pytest.raises(FloatingPointError, match=r"nan at step 30 of 100.*lower rate than 0.1"):
-        optimize.fit(stage, tmp_path, minutes=0)
+    with pytest.raises(FloatingPointError, match=r"nan at step 30 of 100.*lower rate than 0.2"):
+        line(100, tmp_path, nan_at=30)
     saved = torch.load(tmp_path / "line.pt", weights_only=True)
     assert saved["step"] == 20 and saved["modules"]["line.weight"].isfinite().all()
 
