@@ -10,7 +10,7 @@ from PIL import Image
 from test_cli import Program, contents, wrote
 
 import minip2p
-from minip2p import Inversion, sample, show
+from minip2p import sample, show
 from minip2p.options import make_parser
 from minip2p.sweep import __main__ as sweep
 from world.scenes import Scene, draw
@@ -74,13 +74,6 @@ def test_edits_are_put_back_into_the_whole(run: Program, bird: str):
         assert back.tobytes() != whole.tobytes()
 
 
-@pytest.mark.parametrize("fit, side", [("crop", False), ("pad", True), ("stretch", False)])
-def test_fit(run: Program, bird: str, fit: str, side: bool):
-    assert run(BIRD, "--image", bird, "--fit", fit, *STEPS, "--inversion", "a").status == 0
-    image = Inversion.load("a").picture.image
-    assert (image.getpixel((30, 0)) == (255, 255, 255)) is side
-
-
 FRIENDLY = ["--method", "edit-friendly", "--skip", "1", "--guidance", "3"]
 
 
@@ -137,16 +130,12 @@ def test_explain_counts_the_calls_that_there_will_be(run: Program, bird: str):
 
 MISTAKES = {
     "no prompt": (["--image", "bird.jpg"], "give it first, in quotes"),
-    "missing": ([BIRD, "--image", "no.png"], "no.png can't be read: No such file"),
-    "no picture": ([BIRD, "--image", "words.png"], "words.png is no picture"),
     "fit alone": ([BIRD, "--fit", "pad"], "--fit needs your own picture: add --image"),
     "put-back alone": ([BIRD, "--put-back"], "--put-back needs the whole picture"),
-    "other fit": ([BIRD, "--image", "bird.jpg", "--fit", "cover"], "crop", "cover"),
     "long skip": ([BIRD, "--image", "bird.jpg", *STEPS, "--skip", "3"], "0 to 2, not 3"),
     "scheduler": ([BIRD, "--image", "bird.jpg", "--scheduler", "pndm"], "leave out scheduler"),
     "no inversion": ([BIRD, "--inversion", "no.safetensors"], "There is no no.safetensors"),
     "other prompt": (["a photo of a cat", "--inversion", "kept"], "a photo of a bird"),
-    "other steps": ([BIRD, "--inversion", "kept", "--steps", "9"], "--steps 3, not 9"),
     "other seed": ([BIRD, "--inversion", "kept", "--seed", "8888"], "--seed 5, not 8888"),
     "other guidance": (
         [BIRD, "--inversion", "friendly", "--guidance", "9"],
@@ -154,7 +143,6 @@ MISTAKES = {
     ),
     "an address": ([BIRD, "--image", "https://a.org/b.png"], "not the address 'https://a.org/b"),
     "kept otherwise": ([BIRD, "--inversion", "kept", "--method", "ddim"], "--method direct"),
-    "skipped less": ([BIRD, "--inversion", "kept", "--skip", "2"], "--skip 0, not 2"),
     "other picture": ([BIRD, "--inversion", "kept", "--image", "cat.png"], "another picture"),
     "put back what": ([BIRD, "--inversion", "kept", "--put-back"], "add --image FILE"),
     "nowhere": ([BIRD, "--image", "bird.jpg", "--inversion", "words.png/a"], "--inversion"),

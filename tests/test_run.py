@@ -234,8 +234,9 @@ def test_python_makes_the_same_pictures(toy, tmp_path: Path, monkeypatch: pytest
          f"--to '{DOG}' --sweep self=0.5,1 '{CAT}'"),
         (Run([CAT, CAT], [Reweight({"cat": -2}, PromptEdit(local_blend=LocalBlend("cat")))]),
          f"--to '{CAT}' --reweight cat=-2 --blend cat '{CAT}'"),
-        (Run(CAT, source=SourcePicture("a.png", "edit-friendly", guidance_scale=3.5)),
-         f"--image a.png --method edit-friendly --inversion-guidance 3.5 '{CAT}'"),
+        (Run(CAT, source=SourcePicture("a.png", "edit-friendly", 2, "pad", guidance_scale=3.5)),
+         "--image a.png --method edit-friendly --skip 2 --fit pad --inversion-guidance 3.5 "
+         f"'{CAT}'"),
     ],
 )  # fmt: skip
 def test_a_run_as_a_command(run: Run, words: str):
