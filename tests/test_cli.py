@@ -17,7 +17,6 @@ import pytest
 import torch
 from helpers import EMOJI, Outcome, picture
 from PIL import Image, ImageChops
-from safetensors.torch import load_file, save_file
 
 import minip2p
 from minip2p import sample, saved, show
@@ -25,6 +24,7 @@ from minip2p.options import make_parser, make_run
 from minip2p.outputs import png
 from minip2p.program import begin, end_at_once, is_running, printable, run_program
 from minip2p.run import Run
+from minip2p.unet import UNet
 
 PACKAGE = Path(minip2p.__file__).parent
 SQUIRREL = "a painting of a squirrel eating a burger"
@@ -238,12 +238,8 @@ def test_the_first_run(tmp_path: Path, monkeypatch):
 def test_one_prompt_is_one_picture(run: Program):
     wrote(run("a cat", "--steps", "2"), "picture")
     wrote(run("a cat", "--steps", "2", "--out", "a/b"), "picture", "a/b")
-    wrote(run("a cat", "--steps", "2", "--negative", "a dog", "--out", "n"), "picture", "n")
-    wrote(run("a cat", "--steps", "2", "--seed", "1", "--out", "s"), "picture", "s")
     wrote(run("", "--steps", "1", "--out", "empty"), "picture", "empty")
     assert difference("out/picture.png", "a/b/picture.png") == 0
-    assert difference("out/picture.png", "n/picture.png") > 0
-    assert difference("out/picture.png", "s/picture.png") > 50
 
 
 @pytest.mark.parametrize(
@@ -333,48 +329,28 @@ def test_a_preview_is_redrawn(run: Program, monkeypatch):
 # --- numbers that end -----------------------------------------------------------------------------
 
 
-def damaged(
-    source: Path, folder: Path, part: str, tensor: str, change: Callable[[torch.Tensor], None]
-) -> str:
-    """Save a copy of a model with one of its tensors changed."""
-    shutil.copytree(source, folder)
-    (file,) = (folder / part).glob("*.safetensors")
-    state = load_file(file)
-    (name,) = [name for name in state if name.removeprefix("text_model.") == tensor]
-    change(state[name])
-    save_file(state, file)
-    return str(folder)
-
-
-def one_nan(tensor: torch.Tensor) -> None:
-    tensor.flatten()[7] = torch.nan
-
-
-def large(tensor: torch.Tensor) -> None:
-    tensor *= 3e4  # what comes out is beyond 65504, where float16 ends
-
-
-NUMBERS_END = [
-    ("unet", "mid_block.resnets.0.conv1.weight", "The latents became nan"),
-    ("vae", "decoder.conv_in.weight", "The decoded picture became nan"),
-    ("text_encoder", "encoder.layers.0.mlp.fc1.weight", "The text encoder's output became nan"),
-]
-
-
-@pytest.mark.parametrize("part, tensor, message", NUMBERS_END)
-def test_numbers_that_end(run: Program, toy_folder, tmp_path: Path, part, tensor, message):
+@pytest.mark.parametrize(
+    "part, method, message",
+    [
+        ("unet", "forward", "The latents became nan"),
+        ("vae", "decode", "The decoded picture became nan"),
+        ("text_encoder", "forward", "The text encoder's output became nan"),
+    ],
+)
+def test_numbers_that_end(run: Program, toy, tmp_path: Path, monkeypatch, part, method, message):
     """No black picture: one sentence, and nothing is written."""
-    model = damaged(toy_folder, tmp_path / "model", part, tensor, one_nan)
-    before = contents(tmp_path)
-    command = [SQUIRREL, "--swap", "squirrel=lion", "--steps", "1", "--model", model]
-    outcome = run(*command, "--maps", "--html", "page.html")
-    assert outcome.status == 2 and outcome.out == "" and contents(tmp_path) == before
+    compute = getattr(toy, part).__getattribute__(method)
+    monkeypatch.setattr(getattr(toy, part), method, lambda *inputs: compute(*inputs) * torch.nan)
+    command = [SQUIRREL, "--swap", "squirrel=lion", "--steps", "1", "--maps", "--html", "a.html"]
+    outcome = run(*command)
+    assert outcome.status == 2 and outcome.out == "" and contents(tmp_path) == {}
     assert outcome.messages == [f"{message} in float32: try another file of weights."]
 
 
-def test_numbers_beyond_float16(run: Program, tmp_path: Path):
-    model = damaged(EMOJI, tmp_path / "model", "unet", "mid_block.resnets.0.norm2.weight", large)
-    command = [SQUIRREL, "--steps", "2", "--model", model]
+def test_numbers_beyond_float16(run: Program, monkeypatch):
+    compute = UNet.forward
+    monkeypatch.setattr(UNet, "forward", lambda *inputs: compute(*inputs) * 1e6)
+    command = [SQUIRREL, "--steps", "2"]
     outcome = run(*command, "--dtype", "float16")
     assert outcome.status == 2 and outcome.out == "" and not Path("out").exists()
     (message,) = outcome.messages
