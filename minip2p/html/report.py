@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Sequence
 from html import escape
 from pathlib import Path, PurePath
@@ -111,24 +112,17 @@ def distinct_labels(values: Sequence[Any]) -> list[str]:
 
 
 def image_labels(rows: Sequence[Row]) -> list[str]:
-    """Return the end of each picture's path that no other path ends with."""
+    """Return the path of each row's picture below the folder that all pictures share."""
     paths = {str(row["image"]) for row in rows if row.get("image")}
     hashes = {path: {r.get("picture") for r in rows if r.get("image") == path} for path in paths}
-
-    def shortest(path: str) -> str:
-        parts = PurePath(path).parts
-        ends = ("/".join(parts[-n:]) for n in range(1, len(parts)))
-        others = [PurePath(other).as_posix() for other in paths if other != path]
-        is_clear = (end for end in ends if not any(f"/{o}".endswith(f"/{end}") for o in others))
-        return next(is_clear, path)
-
-    ends = {path: shortest(path) for path in paths}
+    folders = [PurePath(path).parts[:-1] for path in paths]
+    shared = len(os.path.commonprefix(folders))  # noqa: RUF071 - of folders, not of letters
     labels = []
     for row in rows:
         path = str(row.get("image") or "")
-        end = ends.get(path, "none")
-        is_changed = path in paths and len(hashes[path]) > 1  # the file, between two sweeps
-        labels.append(f"{end} ({row.get('picture')})" if is_changed else end)
+        name = str(PurePath(*PurePath(path).parts[shared:])) if path else "none"
+        is_changed = len(hashes.get(path, ())) > 1  # the file, between two sweeps
+        labels.append(f"{name} ({row.get('picture')})" if is_changed else name)
     return labels
 
 
