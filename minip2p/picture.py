@@ -219,16 +219,12 @@ def to_srgb(image: Image.Image, converted: Image.Image) -> Image.Image:
         transform = ImageCms.buildTransform(source, ImageCms.createProfile("sRGB"), mode, "RGB")
     except (ImageCms.PyCMSError, ImportError, KeyError, OSError, TypeError, ValueError):
         return rgba
-    levels = np.arange(0, 256, 51, dtype=np.uint8)
-    cube = Image.fromarray(np.stack(np.meshgrid(levels, levels, levels), -1).reshape(36, 6, 3))
-    if (
-        mode == "RGB"
-        and np.abs(
-            np.asarray(ImageCms.applyTransform(cube, transform)).astype(int) - np.asarray(cube)
-        ).max()
-        <= 2
-    ):
-        return rgba  # it is sRGB itself, and only rounding would change the picture
+    if mode == "RGB":
+        levels = np.arange(0, 256, 51, dtype=np.uint8)
+        cube = np.stack(np.meshgrid(levels, levels, levels), -1).reshape(36, 6, 3)
+        converted_cube = np.asarray(ImageCms.applyTransform(Image.fromarray(cube), transform))
+        if np.abs(converted_cube.astype(int) - cube).max() <= 2:
+            return rgba  # it is sRGB itself, and only rounding would change the picture
     rgb = ImageCms.applyTransform(image if mode == "CMYK" else rgba.convert(mode), transform)
     assert rgb is not None  # it is None where the image is changed in place
     rgb.putalpha(rgba.getchannel("A"))
