@@ -3,10 +3,10 @@
 import io
 import warnings
 
-import diffusers
 import numpy as np
 import pytest
 import torch
+from diffusers.image_processor import VaeImageProcessor
 from PIL import Image
 from torch import Tensor
 from torch.nn import functional as F
@@ -140,7 +140,7 @@ def test_a_mask_is_what_diffusers_takes_it_for(mask):
     else:
         big = np.repeat(np.repeat(mask, 8, 0), 8, 1)
         mask = big[..., 0]
-    processor = diffusers.image_processor.VaeImageProcessor(
+    processor = VaeImageProcessor(
         8, do_normalize=False, do_binarize=True, do_convert_grayscale=True
     )
     theirs = F.interpolate(processor.preprocess(big).float(), (64, 64))[0, 0] > 0.5
