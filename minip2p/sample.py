@@ -142,16 +142,13 @@ def repeated_run(options: argparse.Namespace, texts: dict[str, str]) -> Run:
     run, extras, page_name = read_record(options.repeat, texts)
     has_picture = options.image or (options.inversion and options.inversion.exists())
     check(
-        has_picture or not run.source,
-        f"{options.repeat} was made from a picture, which is not in it: add --image FILE.",
-    )
-    check(
         run.source or not has_picture,
         f"{options.repeat} was made without a picture: leave out --image and --inversion.",
     )
+    is_enough = options.image if extras["put_back"] else has_picture or not run.source
     check(
-        options.image or not extras["put_back"],
-        f"{options.repeat} belongs to edits that were put back: add --image FILE.",
+        is_enough,
+        f"{options.repeat} was made from a picture, which is not in it: add --image FILE.",
     )
     if run.source:
         run = replace(run, source=replace(run.source, image=options.image and str(options.image)))

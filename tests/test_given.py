@@ -92,6 +92,10 @@ def test_an_inversion_is_kept_and_used(run: Program, bird: str, options: list[st
     assert with_picture.status == 0
     with Image.open("third/edit-1-put-back.png") as back:
         assert back.size == (160, 120)
+    alone = run("--repeat", "third/row.png", "--inversion", "kept/bird.safetensors")
+    assert alone.status == 2 and "from a picture, which is not in it: add --image" in alone.err
+    assert run("--repeat", "third/row.png", "--image", bird, "--out", "fourth").status == 0
+    assert pixels("fourth") == pixels("third")
 
 
 def test_a_tilde_is_the_home_folder(monkeypatch, tmp_path: Path):

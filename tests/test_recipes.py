@@ -205,16 +205,12 @@ def test_cross_attention_guidance(recipes, model, truth):
 
 def test_perturbed_attention_guidance(recipes, model, truth):
     """Ahn et al. 2024, equation 16, by diffusers' own attention processor."""
+    usual = diffusers.models.attention_processor.AttnProcessor2_0()
+    identity = diffusers.models.attention_processor.PAGIdentitySelfAttnProcessor2_0()
     for name, module in truth.unet.named_modules():
-        if name.endswith("attn1"):
-            attention = diffusers.models.attention_processor
-            is_mid = name.startswith("mid")
-            processor = (
-                attention.PAGIdentitySelfAttnProcessor2_0 if is_mid else attention.AttnProcessor2_0
-            )
-            module.set_processor(processor())
-        elif name.endswith("attn2"):
-            module.set_processor(diffusers.models.attention_processor.AttnProcessor2_0())
+        if name.endswith(("attn1", "attn2")):
+            is_perturbed = name.startswith("mid") and name.endswith("attn1")
+            module.set_processor(identity if is_perturbed else usual)
     schedule = reference.make_scheduler("ddim")
     schedule.set_timesteps(CALLS)
     x, context = LATENTS[:1], truth.context([PROMPTS[0]] * 2)
