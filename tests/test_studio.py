@@ -171,9 +171,9 @@ def test_a_run_out_of_date_ends_at_its_next_call(studio: Studio, monkeypatch):
             if threading.get_ident() == studio.drawing_thread:
                 checks.append(sent)
                 visitor.sent = float(len(checks) > last)
-            Studio.check(studio, visitor, sent)
+            Studio.check_awaited(studio, visitor, sent)
 
-        monkeypatch.setattr(studio, "check", check)
+        monkeypatch.setattr(studio, "check_awaited", check)
         with pytest.raises(OutdatedError):
             studio.draw_now(run, key, visitor, 0.5)
         assert len(checks) == last + 1

@@ -77,10 +77,10 @@ class Studio:
     def advance(self, visitor: Visitor, sent: float) -> None:
         """Note the visitor's latest change. Raises OutdatedError if a later one is known."""
         with self.lock:
-            self.check(visitor, sent)
+            self.check_awaited(visitor, sent)
             visitor.sent = sent
 
-    def check(self, visitor: Visitor, sent: float) -> None:
+    def check_awaited(self, visitor: Visitor, sent: float) -> None:
         """Raise OutdatedError if nobody waits for the change that was sent then."""
         if sent < visitor.sent or self.is_closing:
             raise OutdatedError
@@ -102,18 +102,18 @@ class Studio:
         turn = self.executor.submit(self.draw_now, run, key, visitor, sent)
         try:
             while not wait([turn], timeout=0.05).done:
-                self.check(visitor, sent)
+                self.check_awaited(visitor, sent)
             return turn.result()
         finally:
             turn.cancel()  # a run that waits; one that is drawn ends at its next UNet call
 
     def draw_now(self, run: Run, key: str, visitor: Visitor, sent: float) -> Drawing:
-        self.check(visitor, sent)
+        self.check_awaited(visitor, sent)
         self.drawing_thread = threading.get_ident()
         self.warnings.clear()
 
         def after_call(*_: Any) -> None:
-            self.check(visitor, sent)
+            self.check_awaited(visitor, sent)
 
         source = self.invert(run, key, after_call) if run.source else None
         result = run.generate(self.model, source=source, store=PageStore(), callback=after_call)
