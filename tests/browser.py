@@ -1,4 +1,4 @@
-"""A headless Chromium, driven over chromedriver's own protocol (W3C WebDriver)."""
+"""Drive a headless Chromium over chromedriver's own protocol (W3C WebDriver)."""
 
 import base64
 import contextlib

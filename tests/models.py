@@ -132,7 +132,7 @@ def edit_json(path: Path, **fields: Any) -> None:
 
 
 def save_diffusers(folder: Path, truth: Truth, tokenizer: Path) -> Path:
-    """As today's diffusers saves it."""
+    """Save a folder as today's diffusers does."""
     betas = dict(beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear")
     diffusers.StableDiffusionPipeline(
         vae=truth.vae,

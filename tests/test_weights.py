@@ -57,7 +57,7 @@ def truth() -> Truth:
 
 @pytest.fixture
 def folder(layouts, tmp_path) -> Path:
-    """A copy of the folder in today's layout. Its weights are linked: replace them, never edit."""
+    """Copy the folder in today's layout. Its weights are linked: replace them, never edit."""
     return Path(shutil.copytree(layouts["diffusers"], tmp_path / "folder", copy_function=link))
 
 
@@ -378,7 +378,7 @@ def published_shapes(part: str) -> Shapes:
 
 
 def write_full_folder(folder: Path, tokenizer: Path) -> int:
-    """SD 1.5 in float32, of zeros. → bytes of its weights"""
+    """Write SD 1.5 in float32, of zeros. → bytes of its weights"""
     total = 0
     for part, stem in WEIGHTS.items():
         shapes = published_shapes(part)
@@ -820,7 +820,7 @@ FP16 = {name.replace(".safetensors", ".fp16.safetensors") for name in PLAIN}
 
 
 class Hub:
-    """The hub's client without a network: one repository, a cache folder, and a record of calls."""
+    """Stand in for the hub's client: one repository, a cache folder, and a record of requests."""
 
     def __init__(self, cache: Path, monkeypatch: pytest.MonkeyPatch):
         self.cache, self.requests = cache, list[set[str]]()
@@ -904,7 +904,7 @@ def test_the_smallest_snapshot_is_asked_for_and_announced(hub, both_precisions, 
 
 
 def test_the_files_of_a_tokenizer_are_asked_for(hub, folder):
-    """Those that hold added tokens, too; a repository may lack its configs."""
+    """Added tokens have a file of their own; a repository may lack the tokenizer's configs."""
     tokenizer = folder / "tokenizer"
     for name in ("vocab.json", "merges.txt", "special_tokens_map.json", "tokenizer_config.json"):
         shutil.copyfile(EMOJI_TOKENIZER / name, tokenizer / name)
