@@ -48,8 +48,9 @@ hypothesis.settings.load_profile("repeatable")
 
 NO_GPU = "needs a CUDA device"
 
-# These files take longest and begin first: started last, one would keep a single worker busy.
-LONG = ("test_prompt_to_prompt.py", "test_weights.py", "test_studio.py", "test_invert.py")
+# These files take longest and begin first, in this order: started last, one would keep a single
+# worker busy. Each worker has its next file at once, so short ones follow the two longest.
+LONG = ["docs", "sweep_ray", "train", "prompt_to_prompt", "world", "weights", "studio", "invert"]
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -73,7 +74,8 @@ def pytest_xdist_auto_num_workers(config: pytest.Config) -> int:
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    items.sort(key=lambda item: item.path.name not in LONG)
+    places = {f"test_{name}.py": place for place, name in enumerate(LONG)}
+    items.sort(key=lambda item: places.get(item.path.name, len(LONG)))
     if not torch.cuda.is_available():
         for item in items:
             if item.get_closest_marker("gpu"):

@@ -12,6 +12,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from test_pie import pie
 from test_sweep import SQUIRREL, assert_complete, resolved, rows_of
 
 import minip2p
@@ -116,15 +117,18 @@ def test_workers_of_its_own_on_this_machine(folder: Path):
     assert len(set(pids(folder))) == 2
 
 
-def test_pie_bench_among_workers(tmp_path: Path):
-    ends(start("benchmarks/pie.py", "--make", str(tmp_path / "set")))
+def test_pie_bench_among_workers(tmp_path: Path, toy_folder: Path, nodes: Any):
+    pie.make_set(tmp_path / "set", n=4, pixels=128)
+    settings = ["--model", str(toy_folder), "--steps", "2", "--device", "cpu"]
+    words = [str(tmp_path / "set"), *settings, "--out"]
+    pie.main([*words, str(tmp_path / "process")])
+    on_nodes = [*words, str(tmp_path / "ray"), "--address", nodes.address]
+    ends(start("benchmarks/pie.py", *on_nodes))
     rows = {}
-    for name, options in (("process", []), ("ray", ["--workers", "2"])):
-        words = ["benchmarks/pie.py", str(tmp_path / "set"), "--steps", "2", "--device", "cpu"]
-        ends(start(*words, "--out", str(tmp_path / name), *options))
+    for name in ("process", "ray"):
         lines = (tmp_path / name / "results.jsonl").read_text().splitlines()[1:]
         rows[name] = {row["id"]: row for row in map(json.loads, lines)}
-        assert len(lines) == len(rows[name]) == 6
+        assert len(lines) == len(rows[name]) == 4
     for id, row in rows["process"].items():
         on_ray = rows["ray"][id]
         assert on_ray.keys() == row.keys()
