@@ -608,7 +608,6 @@ def test_v_prediction_is_known_by_metadata_and_by_the_sidecar(layouts, tmp_path)
 
 # --- what is refused: configs ---------------------------------------------------------------------
 
-XL = [None, "CLIPTextModel"]
 # (part, field, value, part of the message; the default is "field = value")
 REFUSED_CONFIGS: list[tuple[str, str, Any, str]] = [
     ("unet", "in_channels", 9, "in_channels = 9, as inpainting"),
@@ -686,23 +685,6 @@ def test_configs_that_are_refused(source, part, field, value, message):
     assert str(configs[part].path.parents[1]) in str(caught.value)
 
 
-@pytest.mark.parametrize(
-    "file, fields, message",
-    [
-        ("unet/config.json", {"in_channels": 9}, "in_channels = 9, as inpainting"),
-        ("text_encoder/config.json", {"num_hidden_layers": 65536}, "asks for 65536 layers"),
-        ("scheduler/scheduler_config.json", {"prediction_type": "sample"}, "type = sample"),
-        ("minip2p.json", {"words": 5}, "words = 5, which"),
-        ("model_index.json", {"text_encoder_2": XL}, "Diffusion XL or 3"),
-        ("tokenizer/tokenizer_config.json", {"bos_token": 5}, "bos_token = 5 where"),
-    ],
-)
-def test_folders_with_these_configs_are_refused(folder, monkeypatch, file, fields, message):
-    monkeypatch.setattr(weights, "read", None)  # no weight is read
-    edit_json(folder / file, **fields)
-    assert message in refusal(folder, tokenizer=None)
-
-
 # Fields with which diffusers loads a folder as well: (part, fields)
 LEVELS = {"only_cross_attention": [False] * 4, "layers_per_block": [2] * 4}
 LEVELS |= {"transformer_layers_per_block": [1] * 4, "attention_head_dim": [8] * 4}
@@ -734,8 +716,14 @@ def test_folders_are_loaded_as_diffusers_loads_them(folder, part, fields):
 # --- what is refused: folders ---------------------------------------------------------------------
 
 U = "unet/diffusion_pytorch_model.safetensors"
-# (file, what becomes of it: a new name, None for nothing, or bytes; part of the message)
-REFUSED_FOLDERS: list[tuple[str, str | bytes | None, str]] = [
+# (file, what becomes of it: a new name, None for nothing, bytes, or with these fields; message)
+REFUSED_FOLDERS: list[tuple[str, str | bytes | dict[str, Any] | None, str]] = [
+    ("unet/config.json", {"in_channels": 9}, "in_channels = 9, as inpainting"),
+    ("text_encoder/config.json", {"num_hidden_layers": 65536}, "asks for 65536 layers"),
+    ("scheduler/scheduler_config.json", {"prediction_type": "sample"}, "type = sample"),
+    ("minip2p.json", {"words": 5}, "words = 5, which"),
+    ("model_index.json", {"text_encoder_2": [None, "CLIPTextModel"]}, "Diffusion XL or 3"),
+    ("tokenizer/tokenizer_config.json", {"bos_token": 5}, "bos_token = 5 where"),
     (U, "unet/diffusion_pytorch_model.bin", "pickles.*version"),
     (U, "unet/diffusion_pytorch_model.non_ema.safetensors", "a diffusers folder has"),
     (U, "model.safetensors", "one of the single files"),
@@ -750,10 +738,13 @@ REFUSED_FOLDERS: list[tuple[str, str | bytes | None, str]] = [
 
 
 @pytest.mark.parametrize("file, change, part", REFUSED_FOLDERS)
-def test_folders_that_are_refused(folder, file, change, part):
+def test_folders_that_are_refused(folder, monkeypatch, file, change, part):
+    monkeypatch.setattr(weights, "read", None)  # no weight is read
     path = folder / file
     if isinstance(change, str):
         path.rename(folder / change)
+    elif isinstance(change, dict):
+        edit_json(path, **change)
     else:
         shutil.rmtree(path) if path.is_dir() else path.unlink()
         if change is not None:
