@@ -53,8 +53,8 @@ def studio(toy, toy_folder: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[S
         yield studio
 
 
-def edit_run(studio: Studio, edited: str = LION, settings: Any = SETTINGS, **numbers: Any) -> Run:
-    return make_run(studio.model, SQUIRREL, edited, NUMBERS | numbers, settings)
+def edit_run(studio: Studio, edited: str = LION, picture: str | None = None) -> Run:
+    return make_run(studio.model, SQUIRREL, edited, NUMBERS, SETTINGS, picture)
 
 
 # --- from widgets to a run -----------------------------------------------------------------------
@@ -163,7 +163,7 @@ def page_images(text: str) -> list[Image.Image]:
 def test_a_run_out_of_date_ends_at_its_next_call(studio: Studio, monkeypatch):
     """In the inversion and in the edit; nothing is left of it for the newer change."""
     key = studio.add_picture(BIRD.read_bytes())
-    run = make_run(studio.model, SQUIRREL, LION, NUMBERS, SETTINGS, "bird.png")
+    run = edit_run(studio, LION, "bird.png")
     for last in (2, 5):  # three calls of the inversion, three of the edit
         visitor, checks = Visitor(), []
 
@@ -188,7 +188,7 @@ def test_a_picture_is_inverted_once_and_few_are_kept(studio: Studio, monkeypatch
     key = studio.add_picture(buffer.getvalue())
     assert studio.pictures[key].size == (128, 128)
     for edited in (LION, "a cat eating a burger"):
-        run = make_run(studio.model, SQUIRREL, edited, NUMBERS, SETTINGS, "bird.png")
+        run = edit_run(studio, edited, "bird.png")
         studio.draw_now(run, key, Visitor(), 0)
     assert len(studio.inversions) == 1
     with pytest.raises(UserError, match="choose it again"):
