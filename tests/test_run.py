@@ -224,6 +224,9 @@ def test_python_makes_the_same_pictures(toy, tmp_path: Path, monkeypatch: pytest
     [
         (Run(CAT), f"'{CAT}'"),
         (Run("-x", negative_prompt="-y", eta=0.5), "--negative=-y --eta 0.5 -- -x"),
+        (Run(CAT, (), "", 1, 3, 2.5, "pndm", 0, 64, 96, tokenizer="t", dtype="float16"),
+         "--seed 1 --steps 3 --guidance 2.5 --scheduler pndm --height 64 --width 96 "
+         f"--tokenizer t --dtype float16 '{CAT}'"),
         (Run([CAT, DOG], [PromptEdit(0.5, (0.1, 1))], model="a b"),
          f"--model 'a b' --to '{DOG}' --cross-replace-steps 0,0.5 "
          f"--self-replace-steps 0.1,1 '{CAT}'"),
