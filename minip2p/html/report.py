@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import os
+from collections import Counter
 from collections.abc import Sequence
 from html import escape
 from pathlib import Path, PurePath
@@ -101,14 +102,9 @@ def report(rows: Sequence[Row], folder: Path) -> str:
 
 def distinct_labels(values: Sequence[Any]) -> list[str]:
     """Return a label of each value, long enough to tell different values apart."""
-    texts = [json.dumps(value) for value in values]
-    labels = [label(value) for value in values]
-    texts_of: dict[str, set[str]] = {}
-    for name, text in zip(labels, texts, strict=True):
-        texts_of.setdefault(name, set()).add(text)
-    return [
-        name if len(texts_of[name]) == 1 else text for name, text in zip(labels, texts, strict=True)
-    ]
+    pairs = [(label(value), json.dumps(value)) for value in values]
+    count = Counter(name for name, _ in set(pairs))
+    return [name if count[name] == 1 else text for name, text in pairs]
 
 
 def image_labels(rows: Sequence[Row]) -> list[str]:
