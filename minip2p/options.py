@@ -90,7 +90,7 @@ AN_EDIT = ("swap", "to", "reweight")
 A_PICTURE = ("image", "inversion")
 OF_AN_EDIT = ("cross_replace_steps", "self_replace_steps", "blend", "baseline", "sweep", "explain")
 OF_A_PICTURE = ("fit", "method", "skip", "inversion_guidance_scale")
-NEEDS = {  # one of which an option needs, and how to give it
+NEEDS = {  # options: the options of which they need one, and how to give it
     (*AN_EDIT, *A_PICTURE): (["prompt"], "the source prompt: give it first, in quotes"),
     OF_AN_EDIT: (AN_EDIT, "an edit: add --swap OLD=NEW, --to PROMPT or --reweight WORD=2"),
     OF_A_PICTURE: (A_PICTURE, "your own picture: add --image FILE"),
@@ -170,7 +170,7 @@ def sweep_windows(edit: PromptEdit, text: str) -> list[PromptEdit]:
 def by_word(
     option: str, pairs: Sequence[tuple[str, str]], parse: Callable[[str, str], Any]
 ) -> dict[str, Any]:
-    """Return what an option that is given for single words says of each."""
+    """Return the value of each word, for an option that takes WORD=VALUE several times."""
     values: dict[str, Any] = {}
     for word, text in pairs:
         check(word not in values, f"{option} has two values for {word!r}: give one.")

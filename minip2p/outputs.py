@@ -85,7 +85,7 @@ def name_outputs(run: Run) -> list[Output]:
 
 
 def edit_labels(edits: list[EditOfPrompt]) -> list[str]:
-    """Say what tells the edits of one prompt apart: "" for a single edit and for None."""
+    """Return a label for each edit of one prompt; "" for a single edit and for None."""
     real = [edit for edit in edits if edit is not None]
     if len(real) < 2:
         return [""] * len(edits)
@@ -158,7 +158,7 @@ def check_places(pictures: Iterable[Path], others: Mapping[str, Path | None]) ->
 def write_run(files: Mapping[Path, bytes]) -> None:
     """Write the files of a run, and print which they are and which of them were replaced."""
     replaced = [path for path in files if path.exists()]
-    # Asked again: something may have come there since the run began.
+    # Places are checked again: another program may have written there since the run began.
     write_files(files, check_place)
     if replaced:
         complain(f"Replaced {', '.join(map(str, replaced))}.")
@@ -172,8 +172,8 @@ def write_run(files: Mapping[Path, bytes]) -> None:
 def compare(path: Path, image: Image.Image, name: str, pictures: Mapping[str, Image.Image]) -> None:
     """Print how far a repeated picture is from the original, unless it is the same.
 
-    path, image, name: of the original, and the name it was written under. pictures: the new ones
-    by those names.
+    path: of the original. name: of its file when it was written. pictures: the new ones by the
+    names of their files.
     """
     again = pictures.get(name)
     if again is None or again.size != image.size:

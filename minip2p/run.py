@@ -55,7 +55,7 @@ class SourcePicture:
 class Run:
     """One call of `generate`, whose arguments it holds. None stands for the model's own default.
 
-    edits: one for each prompt after the first, the source; () is none of them.
+    edits: one, or None, for each prompt after the first, which is the source; () means no edits.
     Raises UserError for values that no model could take.
     """
 
@@ -100,8 +100,9 @@ class Run:
 
     @classmethod
     def from_dict(cls, data: Any) -> Run:
-        """Return the run that `to_dict` or `Result.run` wrote down; None and no key are defaults.
+        """Return the run that `to_dict` or `Result.run` wrote down.
 
+        A key that is missing or None takes its default.
         Raises UserError if the data is no run, or is one that only its caller could repeat.
         """
         check_table(data, [*(field.name for field in fields(cls)), "callers_own"], "a run")
@@ -194,20 +195,20 @@ class Run:
     # --- what makes them -------------------------------------------------------------------------
 
     def settings(self) -> dict[str, Any]:
-        """Return the arguments of `generate` after the prompts, but for edit and source."""
+        """Return the arguments of `generate` after the prompts, except edit and source."""
         names = ["negative_prompt", "num_inference_steps", "guidance_scale", "seed"]
         names += ["height", "width"] if self.source else ["height", "width", "scheduler", "eta"]
         return {name: getattr(self, name) for name in names}
 
     def generate(self, model: StableDiffusion, **arguments: Any) -> Result:
-        """Make the pictures. arguments: others of `generate`; source: the picture, inverted."""
+        """Make the pictures. arguments: further ones of `generate`, as a source inverted before."""
         if self.source and arguments.get("source") is None:
             arguments["source"] = self.invert(model)
         edits = list(self.edits) if any(self.edits) else None
         return generate(model, list(self.prompts), edit=edits, **self.settings(), **arguments)
 
     def invert(self, model: StableDiffusion, **arguments: Any) -> Inversion:
-        """Invert the source picture. arguments: others of `invert`."""
+        """Invert the source picture. arguments: further ones of `invert`."""
         return invert(model, self.need_image(), self.prompts[0], **self.inversion(), **arguments)
 
     def inversion(self) -> dict[str, Any]:
@@ -231,7 +232,8 @@ class Run:
     def command(self, *options: str) -> list[str]:
         """Return the command that makes the same pictures, as a list of words; `quoted` joins them.
 
-        options: more of them, before the prompt. Raises UserError for what has no option.
+        options: further options, which come first. Raises UserError if the run needs an option that
+        there is not.
         """
         words = [*PROGRAM, *options]
         for option, value in [*setting_options(self), *edit_options(self)]:
@@ -338,7 +340,7 @@ def digest(path: str) -> str:
 
 # --- commands and Python --------------------------------------------------------------------------
 
-OPTIONS = {  # that are not named as what they set
+OPTIONS = {  # of the settings that have another name there
     "prompt": "the prompt",
     "num_inference_steps": "--steps",
     "guidance_scale": "--guidance",
@@ -354,7 +356,7 @@ def option_of(name: str) -> str:
 
 
 def setting_options(run: Run) -> Options:
-    """Yield the options for all but the edits, each with its value; None where it has none."""
+    """Yield each option but those of edits, with its value; a switch has None."""
     settings = changed_fields(run)
     if run.source:
         run.need_image()
@@ -443,7 +445,7 @@ def has_options(edit: Mapping[str, Any], source: str, target: str) -> bool:
 
 
 def plain(value: Any) -> str:
-    """Return a value as an option has it: 4 for 4.0, and 0.1,0.8 for a window."""
+    """Write a value as an option takes it: 4 for 4.0, and 0.1,0.8 for a window."""
     if isinstance(value, tuple):
         return ",".join(map(plain, value))
     return value if isinstance(value, str) else repr(value).removesuffix(".0")
@@ -465,7 +467,7 @@ def arguments(*values: Any, **settings: Any) -> list[str]:
 
 
 def code(value: Any) -> str:
-    """Return Python that makes the value again; an edit without what it has by default."""
+    """Return Python that makes the value. The defaults of an edit are left out."""
     if isinstance(value, list):
         return f"[{', '.join(map(code, value))}]"
     if not is_dataclass(value):

@@ -94,7 +94,7 @@ def load_inversion(options: argparse.Namespace, run: Run) -> tuple[Inversion | N
         return None, run
     source = Inversion.load(path)
     settings = source.settings
-    # A command asks for what it names, and the run of --repeat for everything.
+    # A command asks only for what it names, the run of --repeat for every setting.
     wanted = vars(options) | {"guidance_scale": options.inversion_guidance_scale}
     if options.repeat:
         wanted = run.inversion() | {"prompt": run.prompts[0]}

@@ -240,8 +240,8 @@ def _tables(
 
 
 def _line(line: Line, r: int, words: Sequence[_Word], calls: int, has_weights: bool) -> str:
-    what = re.sub(r"(\d) x (\d)", r"\1 × \2", line.source) if line.token is None else line.source
-    cells = [escape(what), _bar(line.calls, calls)]
+    source = re.sub(r"(\d) x (\d)", r"\1 × \2", line.source) if line.token is None else line.source
+    cells = [escape(source), _bar(line.calls, calls)]
     if line.token is None:
         head, data = f"<em>{line.name}</em>", ""
     else:
