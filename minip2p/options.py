@@ -163,8 +163,9 @@ def sweep_windows(edit: PromptEdit, text: str) -> list[PromptEdit]:
     windows = [parse_window("--sweep", end) for end in ends.split(",")]
     is_new = len(set(windows)) == len(windows)
     check(is_new, f"--sweep has a window twice: {text!r}.")
-    changes: list[dict[str, Any]] = [{name: window} for window in windows]
-    return [replace(edit, **change) for change in changes]
+    if kind == "cross":
+        return [replace(edit, cross_replace_steps=window) for window in windows]
+    return [replace(edit, self_replace_steps=window) for window in windows]
 
 
 def by_word(

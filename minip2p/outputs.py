@@ -90,8 +90,8 @@ def edit_labels(edits: list[EditOfPrompt]) -> list[str]:
     if len(real) < 2:
         return [""] * len(edits)
     kind, ends = swept_windows(real)
-    labels = iter([f"{kind} {plain(end)}" for end in ends] or [f"{n}" for n in range(len(real))])
-    return ["" if edit is None else next(labels) for edit in edits]
+    labels = [f"{kind} {plain(end)}" for end in ends] or [str(n) for n in range(len(real))]
+    return ["" if edit is None else labels[real.index(edit)] for edit in edits]
 
 
 # --- places ---------------------------------------------------------------------------------------
