@@ -394,25 +394,25 @@ def test_an_interruption_of_the_imports(tmp_path: Path, program: str, module: st
 
 
 @pytest.mark.parametrize(
-    ("command", "expected"),
+    ("command", "argv", "expected"),
     [
-        ("python -m minip2p a", True),
-        ("python -m minip2p.sweep study.toml", True),
-        ("python -B -mminip2p.sample -m x", True),
-        ("/usr/bin/python3 /usr/bin/minip2p a", True),
-        ("python -m pytest tests", False),
-        ("python -m thesis minip2p", False),
-        ("python thesis.py minip2p", False),
-        ("python", False),
+        ("python -m minip2p a", "-m a", True),
+        ("python -m minip2p.sweep study.toml", "-m study.toml", True),
+        ("python -B -mminip2p.sample -m x", "-m -m x", True),
+        ("/usr/bin/python3 /usr/bin/minip2p a", "/usr/bin/minip2p a", True),
+        ("python -m pytest tests", "-m tests", False),
+        ("python -m thesis minip2p", "-m minip2p", False),
+        ("python thesis.py minip2p", "thesis.py minip2p", False),
+        ("python", "", False),
     ],
 )
-def test_programs_alone_prepare_their_process(monkeypatch, command: str, expected: bool):
-    """The environment and the signals of other people's processes stay what they are."""
-    words = command.split()
-    start = next((i for i, word in enumerate(words) if word.startswith("-m")), 0)
-    arguments = ["-m", *words[start + 2 - (words[start] != "-m") :]] if start else words[1:]
-    monkeypatch.setattr(sys, "orig_argv", words)
-    monkeypatch.setattr(sys, "argv", arguments or [""])
+def test_programs_alone_prepare_their_process(monkeypatch, command: str, argv: str, expected: bool):
+    """The environment and the signals of other people's processes stay what they are.
+
+    argv: as sys.argv is while the modules are imported; -m stands for the module's file.
+    """
+    monkeypatch.setattr(sys, "orig_argv", command.split())
+    monkeypatch.setattr(sys, "argv", argv.split(" "))
     assert is_running() == expected
 
 
