@@ -262,6 +262,7 @@ def part_pipeline(args: argparse.Namespace) -> dict:
 
     import minip2p
 
+    steps = args.steps or 3
     pipeline, model = load_both(args)
     quick = fast_model(args) if args.prepared and args.dtype == "float32" else None
     tables = {}
@@ -280,7 +281,7 @@ def part_pipeline(args: argparse.Namespace) -> dict:
                 pipeline(
                     prompts,
                     latents=noise.expand(len(prompts), -1, -1, -1).to(pipeline.unet.dtype),
-                    num_inference_steps=args.steps,
+                    num_inference_steps=steps,
                     guidance_scale=GUIDANCE,
                     callback_on_step_end=keep_latents,
                 )
@@ -295,7 +296,7 @@ def part_pipeline(args: argparse.Namespace) -> dict:
                         prompts,
                         edit=edit,
                         latents=noise,
-                        num_inference_steps=args.steps,
+                        num_inference_steps=steps,
                         guidance_scale=GUIDANCE,
                         scheduler="ddim",
                     ).latents
@@ -306,7 +307,7 @@ def part_pipeline(args: argparse.Namespace) -> dict:
             for name, net in (("minip2p", model), ("minip2p, prepared", quick)):
                 if net:
                     sides |= {name: ours(net, None), f"{name}, word swap": ours(net, swap)}
-            title = f"{size}x{size} latents, {len(prompts)} prompts, {args.steps} steps"
+            title = f"{size}x{size} latents, {len(prompts)} prompts, {steps} steps"
             check = {
                 name: "diffusers"
                 for name in sides
@@ -401,7 +402,8 @@ prompts = ["a squirrel eating a burger", "a lion eating a burger"]
 text.encode(model.text_encoder, [text.tokenize(model.tokenizer, p) for p in prompts]); lap()
 decode = minip2p.pipeline.decode_latents
 minip2p.pipeline.decode_latents = lambda *args: (lap(), decode(*args))[1]
-result = minip2p.generate(model, prompts, edit=minip2p.WordSwap(), seed=8888); lap()
+settings = {"edit": minip2p.WordSwap(), "num_inference_steps": int(sys.argv[2]), "seed": 8888}
+result = minip2p.generate(model, prompts, **settings); lap()
 from pathlib import Path
 for i, image in enumerate(result.images): image.save(Path(sys.argv[1]) / f"{i}.png")
 show.grid([result.images], [prompts]).save(Path(sys.argv[1]) / "row.png"); lap()
@@ -410,27 +412,29 @@ for a, b in zip(clock, clock[1:]): print(b[0] - a[0], b[1] - a[1])
 
 
 def part_bundled(args: argparse.Namespace) -> dict:
-    """From a new process to written pictures, on the bundled model: 50 steps of two prompts."""
+    """From a new process to written pictures, on the bundled model: two prompts."""
+    steps = str(args.steps or 50)
     prompt = "a squirrel eating a burger"
     with tempfile.TemporaryDirectory() as folder:
         cold = Path(folder, "cold")
         cold.mkdir()  # minip2p.sample replaces nobody else's pictures
         ours, out = ["-m", "minip2p.sample", prompt], ["--out", folder]
+        whole_run = [*out, "--steps", steps]
         commands = {
-            "minip2p.sample, one picture of 1 step": [*ours, "--steps", "1", *out],
-            "minip2p.sample, one picture": [*ours, *out],
-            "minip2p.sample, source and swap": [*ours, "--swap", "squirrel=lion", *out],
-            "diffusers, two prompts": [str(HERE / "run.py"), "diffusers-bundled", *out],
+            "minip2p.sample, one picture of 1 step": [*ours, *out, "--steps", "1"],
+            "minip2p.sample, one picture": [*ours, *whole_run],
+            "minip2p.sample, source and swap": [*ours, "--swap", "squirrel=lion", *whole_run],
+            "diffusers, two prompts": [str(HERE / "run.py"), "diffusers-bundled", *whole_run],
         }
         split: list[Any] = []
         whole: dict[str, list[tuple[float, float]]] = {name: [] for name in commands}
         for number in range(args.rounds):
-            lines = run_python(["-c", COLD, str(cold)], args.threads)[2].splitlines()
+            lines = run_python(["-c", COLD, str(cold), steps], args.threads)[2].splitlines()
             split.append([[float(seconds) for seconds in line.split()] for line in lines])
             for name, command in commands.items():
                 whole[name].append(run_python(command, args.threads)[:2])
             print(f"  {number + 1}/{args.rounds}", file=sys.stderr)
-    parts = ("imports", "load", "text", "50 steps of both", "decode", "write")
+    parts = ("imports", "load", "text", f"{steps} steps of both", "decode", "write")
     times = dict(zip(parts, zip(*split, strict=True), strict=True))
     return {
         title: [
@@ -468,7 +472,7 @@ def part_diffusers_bundled(args: argparse.Namespace) -> None:
     images = pipeline(
         ["a squirrel eating a burger", "a lion eating a burger"],
         latents=noise.expand(2, -1, -1, -1),
-        num_inference_steps=50,
+        num_inference_steps=args.steps or 50,
         guidance_scale=4.0,
     ).images
     for i, image in enumerate(images):
@@ -608,7 +612,7 @@ def main() -> None:
     add("--edits", type=int, nargs="+", default=[1, 3])
     add("--rounds", type=int, default=5)
     add("--processes", type=int, default=3, help="of `memory`, for each side")
-    add("--steps", type=int, default=3, help="of `pipeline`")
+    add("--steps", type=int, help="of `pipeline` (3) and `bundled` (50)")
     add("--pixels", type=int, nargs="+", default=[64, 128, 256, 384], help="of `growth`")
     add("--threads", type=int, default=os.cpu_count() or 1)
     add("--dtype", default="float32")
