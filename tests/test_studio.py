@@ -135,7 +135,7 @@ def test_the_copies_repeat_the_pictures(studio: Studio, edited: str, tmp_path, m
         "windows": {"lion": [0, 0.29]},
         "weights": {"lion": -0.30000000000000004},
     }
-    key = studio.add_picture(BIRD.read_bytes())
+    key = studio.pictures.add(BIRD.read_bytes())
     *_, answer = studio.answer(
         Visitor(), 1, settings, SQUIRREL, edited, {"key": key, "name": "-my bird.png"}, 3, 4, 7, 2
     )
@@ -162,7 +162,7 @@ def page_images(text: str) -> list[Image.Image]:
 
 def test_a_run_out_of_date_ends_at_its_next_call(studio: Studio, monkeypatch):
     """In the inversion and in the edit; nothing is left of it for the newer change."""
-    key = studio.add_picture(BIRD.read_bytes())
+    key = studio.pictures.add(BIRD.read_bytes())
     run = edit_run(studio, LION, "bird.png")
     for last in (2, 5):  # three calls of the inversion, three of the edit
         visitor, checks = Visitor(), []
@@ -177,25 +177,26 @@ def test_a_run_out_of_date_ends_at_its_next_call(studio: Studio, monkeypatch):
         with pytest.raises(OutdatedError):
             studio.draw_now(run, key, visitor, 0.5)
         assert len(checks) == last + 1
-        studio.inversions.clear()
-    assert len(studio.draw_now(run, key, Visitor(), 1).result.images) == 3
+        studio.pictures.inversions.clear()
+    text, _ = studio.draw_now(run, key, Visitor(), 1)
+    assert text.count("<figure id=") == 3
 
 
 def test_a_picture_is_inverted_once_and_few_are_kept(studio: Studio, monkeypatch):
     """Pictures are kept at the model's size; a key that nobody got is refused."""
     buffer = io.BytesIO()
     Image.new("RGB", (3000, 2000)).save(buffer, "PNG")
-    key = studio.add_picture(buffer.getvalue())
-    assert studio.pictures[key].size == (128, 128)
+    key = studio.pictures.add(buffer.getvalue())
+    assert studio.pictures.images[key].size == (128, 128)
     for edited in (LION, "a cat eating a burger"):
         run = edit_run(studio, edited, "bird.png")
         studio.draw_now(run, key, Visitor(), 0)
-    assert len(studio.inversions) == 1
+    assert len(studio.pictures.inversions) == 1
     with pytest.raises(UserError, match="choose it again"):
         studio.draw_now(run, "x", Visitor(), 0)
-    monkeypatch.setattr("minip2p.studio.drawing.MOST_PICTURES", 2)
-    keys = [studio.add_picture(BIRD.read_bytes()) for _ in range(3)]
-    assert list(studio.pictures) == keys[1:]
+    monkeypatch.setattr("minip2p.studio.pictures.MOST_PICTURES", 2)
+    keys = [studio.pictures.add(BIRD.read_bytes()) for _ in range(3)]
+    assert list(studio.pictures.images) == keys[1:]
 
 
 @pytest.mark.parametrize(
@@ -206,7 +207,7 @@ def test_a_picture_that_is_refused(studio: Studio, size: int | None, sentence: s
     if size:
         Image.new("1", (size, size)).save(buffer, "PNG")
     with pytest.raises(UserError, match=sentence):
-        studio.add_picture(buffer.getvalue())
+        studio.pictures.add(buffer.getvalue())
 
 
 def test_who_waits_for_a_turn_leaves_when_out_of_date(studio: Studio):
@@ -232,7 +233,7 @@ def test_who_waits_for_a_turn_leaves_when_out_of_date(studio: Studio):
     finally:
         is_free.set()
     threads["stays"].join(timeout=60)
-    assert isinstance(outcomes["stays"].result, minip2p.Result)
+    assert "<figure id=" in outcomes["stays"][0]
 
 
 def test_an_older_change_never_wins(studio: Studio):

@@ -41,7 +41,7 @@ def make_routes(studio: Studio) -> FastAPI:
     @app.post("/picture")
     async def picture(request: Request) -> JSONResponse:
         data = await request.body()
-        turn = studio.executor.submit(studio.add_picture, data)
+        turn = studio.executor.submit(studio.pictures.add, data)
         try:
             return JSONResponse({"key": await asyncio.wrap_future(turn)})
         except Exception as error:

@@ -5,33 +5,23 @@ A newer change of the same visitor ends an older run at its next UNet call.
 
 from __future__ import annotations
 
-import io
-import secrets
 import threading
 import time
 import traceback
-from collections import OrderedDict
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from concurrent.futures import Executor, wait
 from pathlib import Path
-from typing import Any, NamedTuple
-
-from PIL import Image, UnidentifiedImageError
+from typing import Any
 
 from ..errors import UserError, check, describe, is_number
 from ..html.page import PageStore, page
-from ..invert import Inversion, invert
-from ..picture import FORMATS, read
-from ..pipeline import Result
 from ..program import MEMORY, is_out_of_memory
 from ..run import Run, quoted
-from ..settings import defaults_of
 from ..weights import StableDiffusion
+from .pictures import Pictures
 from .request import make_run, word_rows
 
 NAMES = "Source", "Edited prompt, without control", "Edit"
-MOST_PIXELS = 64_000_000  # of an uploaded picture: some 800 MB while it is decoded
-MOST_PICTURES, MOST_INVERSIONS = 64, 16  # of all visitors; the oldest are dropped
 
 
 class OutdatedError(Exception):
@@ -42,12 +32,6 @@ class Visitor:
     """Remember when a visitor's browser sent its latest change."""
 
     sent = 0.0
-
-
-class Drawing(NamedTuple):
-    result: Result
-    page: str
-    warnings: list[str]
 
 
 class Studio:
@@ -71,8 +55,7 @@ class Studio:
         self.is_closing = False
         self.drawing_thread: int | None = None
         self.warnings: list[str] = []  # of the run that is drawn now
-        self.pictures: OrderedDict[str, Image.Image] = OrderedDict()  # of the model's size, by key
-        self.inversions: OrderedDict[tuple[Any, ...], Inversion] = OrderedDict()
+        self.pictures = Pictures(model)
 
     def advance(self, visitor: Visitor, sent: float) -> None:
         """Note the visitor's latest change. Raises OutdatedError if a later one is known."""
@@ -94,10 +77,10 @@ class Studio:
         if threading.get_ident() == self.drawing_thread:
             self.warnings.append(str(message))
 
-    def draw(self, run: Run, key: str, visitor: Visitor, sent: float) -> Drawing:
-        """Draw when it is this run's turn. key: of the source picture, or "".
+    def draw(self, run: Run, key: str, visitor: Visitor, sent: float) -> tuple[str, list[str]]:
+        """Draw when it is this run's turn, and return the page and the run's warnings.
 
-        Raises OutdatedError as soon as nobody waits for the run.
+        key: of the source picture, or "". Raises OutdatedError as soon as nobody waits for the run.
         """
         turn = self.executor.submit(self.draw_now, run, key, visitor, sent)
         try:
@@ -107,7 +90,8 @@ class Studio:
         finally:
             turn.cancel()  # a run that waits; one that is drawn ends at its next UNet call
 
-    def draw_now(self, run: Run, key: str, visitor: Visitor, sent: float) -> Drawing:
+    def draw_now(self, run: Run, key: str, visitor: Visitor, sent: float) -> tuple[str, list[str]]:
+        """Draw on the executor's thread. Raises OutdatedError at the next UNet call."""
         self.check_awaited(visitor, sent)
         self.drawing_thread = threading.get_ident()
         self.warnings.clear()
@@ -115,52 +99,10 @@ class Studio:
         def after_call(*_: Any) -> None:
             self.check_awaited(visitor, sent)
 
-        source = self.invert(run, key, after_call) if run.source else None
+        source = self.pictures.invert(run, key, after_call) if run.source else None
         result = run.generate(self.model, source=source, store=PageStore(), callback=after_call)
         text = page(result, result.edit, NAMES[: len(run.prompts)])
-        return Drawing(result, text, list(dict.fromkeys(self.warnings)))
-
-    # --- pictures --------------------------------------------------------------------------------
-
-    def add_picture(self, data: bytes) -> str:
-        """Keep what the model sees of an image file, and return its key.
-
-        Called on the drawing thread: decoding two large files at once could fill the memory.
-        Raises UserError if it is no picture or too large.
-        """
-        defaults = defaults_of(self.model)
-        try:
-            with Image.open(io.BytesIO(data), formats=FORMATS) as image:
-                pixels = image.width * image.height
-                check(
-                    pixels <= MOST_PIXELS,
-                    f"The picture has {pixels / 1e6:.0f} million pixels: make it smaller than "
-                    f"{MOST_PIXELS / 1e6:.0f} million.",
-                )
-                picture = read(image, (defaults["height"], defaults["width"]))
-        except (UnidentifiedImageError, Image.DecompressionBombError, OSError):
-            raise UserError(
-                "This is no picture that can be read: save it as a PNG or a JPEG."
-            ) from None
-        key = secrets.token_hex(16)  # no other visitor can guess it
-        keep(self.pictures, key, picture.image, MOST_PICTURES)
-        return key
-
-    def invert(self, run: Run, key: str, callback: Callable[..., object]) -> Inversion:
-        """Return the inverted source picture: it is inverted once for all edits of it."""
-        assert run.source
-        described = key, run.prompts[0], run.num_inference_steps, run.source.guidance_scale
-        inversion = self.inversions.get(described)
-        if inversion is None:
-            image = self.pictures.get(key)
-            if image is None:
-                raise UserError("The studio no longer has your picture: choose it again.")
-            arguments = run.inversion() | {"callback": callback}
-            inversion = invert(self.model, image, run.prompts[0], **arguments)
-        keep(self.inversions, described, inversion, MOST_INVERSIONS)
-        return inversion
-
-    # --- answers ---------------------------------------------------------------------------------
+        return text, list(dict.fromkeys(self.warnings))
 
     def answer(
         self,
@@ -188,7 +130,7 @@ class Studio:
             values = dict(zip(names, numbers, strict=True))
             run = make_run(self.model, prompt, edited, values, settings, name, self.loaded)
             yield {"state": "Drawing …"}
-            drawing = self.draw(run, key, visitor, sent)
+            text, warnings = self.draw(run, key, visitor, sent)
             n, seconds = len(run.prompts), time.perf_counter() - start
             summary = (
                 f"{n} picture{'s' * (n > 1)}, {run.num_inference_steps} steps, {seconds:.1f} s."
@@ -196,8 +138,8 @@ class Studio:
             options = ["--device", self.device] if self.device else []
             yield {
                 "words": {"rows": rows},  # an older answer's rows may have come later
-                "state": " ".join([summary, *drawing.warnings]),
-                "frame": {"page": drawing.page},
+                "state": " ".join([summary, *warnings]),
+                "frame": {"page": text},
                 # With a page of maps, as here: sums of written maps round differently.
                 "command": quoted(run.command("--html", "out/page.html", *options)),
                 "python": run.python(device=self.device),
@@ -206,14 +148,6 @@ class Studio:
             yield {}
         except Exception as error:
             yield {"state": failure(error)}
-
-
-def keep(store: OrderedDict[Any, Any], key: Any, value: Any, most: int) -> None:
-    """Add a value as the newest, and drop the oldest beyond `most`."""
-    store[key] = value
-    store.move_to_end(key)
-    while len(store) > most:
-        store.popitem(last=False)
 
 
 def read_picture(value: Any) -> tuple[str, str | None]:
