@@ -34,21 +34,27 @@ def edit_to_dict(edit: EditOfPrompt) -> dict[str, Any] | None:
     check(
         kind and type(edit) in (Reweight, type(plain)), f"the edit of type {type(plain).__name__}"
     )
-    blend, weights = plain.local_blend, edit.weights if isinstance(edit, Reweight) else {}
-    check(blend is None or blend.mask is None, "the mask of a blend")
+    weights = edit.weights if isinstance(edit, Reweight) else {}
     return {
         "edit": kind,
         "cross_replace_steps": plain_windows(plain.cross_replace_steps),
         "self_replace_steps": plain_windows(plain.self_replace_steps),
         "reweight": {word: float(weight) for word, weight in weights.items()},
         "everywhere": edit.everywhere if isinstance(edit, Reweight) else True,
-        "blend": blend
-        and {
-            "words": list(blend.words),
-            "threshold": float(blend.threshold),
-            "start": float(blend.start),
-            "subtract": list(blend.subtract),
-        },
+        "blend": blend_to_dict(plain.local_blend),
+    }
+
+
+def blend_to_dict(blend: LocalBlend | None) -> dict[str, Any] | None:
+    """Return a blend as plain data; None for no blend. Raises UserError if it holds a mask."""
+    if blend is None:
+        return None
+    check(blend.mask is None, "the mask of a blend")
+    return {
+        "words": list(blend.words),
+        "threshold": float(blend.threshold),
+        "start": float(blend.start),
+        "subtract": list(blend.subtract),
     }
 
 
