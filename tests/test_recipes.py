@@ -13,6 +13,7 @@ import diffusers
 import pytest
 import reference
 import torch
+from diffusers.models import attention_processor
 from helpers import difference
 from PIL import Image
 from torch.nn import functional as F
@@ -205,8 +206,8 @@ def test_cross_attention_guidance(recipes, model, truth):
 
 def test_perturbed_attention_guidance(recipes, model, truth):
     """Ahn et al. 2024, equation 16, by diffusers' own attention processor."""
-    usual = diffusers.models.attention_processor.AttnProcessor2_0()
-    identity = diffusers.models.attention_processor.PAGIdentitySelfAttnProcessor2_0()
+    usual = attention_processor.AttnProcessor2_0()
+    identity = attention_processor.PAGIdentitySelfAttnProcessor2_0()
     for name, module in truth.unet.named_modules():
         if name.endswith(("attn1", "attn2")):
             is_perturbed = name.startswith("mid") and name.endswith("attn1")

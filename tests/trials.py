@@ -334,9 +334,8 @@ def environment(folder: Path, toy: Path) -> Trials:
     for dtype in (torch.float64, torch.float16, torch.bfloat16, torch.float32):
         torch.set_default_dtype(dtype)
         yield f"default dtype {dtype}", compare
-    torch.set_default_device("meta")
-    yield "default device", compare
-    torch.set_default_device(None)
+    with torch.device("meta"):
+        yield "default device", compare
 
 
 GROUPS = {group.__name__: group for group in (sweeps, files, pages, studio, memory, environment)}

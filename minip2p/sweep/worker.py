@@ -9,7 +9,6 @@ import time
 from collections.abc import Sequence
 from dataclasses import replace
 from functools import lru_cache
-from importlib.metadata import version
 from typing import Any
 
 import numpy as np
@@ -17,7 +16,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from .. import text
+from .. import __version__, text
 from ..edit import Reweight
 from ..invert import Inversion
 from ..outputs import png
@@ -78,7 +77,7 @@ class Worker:
             "seconds": round((time.perf_counter() - began) / len(runs), 4),
             "device": str(self.model.device),
             "worker": f"{socket.gethostname()}:{os.getpid()}",
-            "minip2p": version("minip2p"),
+            "minip2p": __version__,
         }
         images, latents = result.images, result.latents
         place = {run.id: r for r, run in enumerate(edits, 1)}
