@@ -163,12 +163,6 @@ def test_the_example_of_the_docstring(model, plain):
         expected = before.average(call=call) * factor
         assert difference(store.average(call=call), expected) < 1e-5
 
-    # It is what Reweight does.
-    lion = Reweight({"lion": 2.0}, WordSwap(0, 0))
-    always = type("Always", (names["Louder"],), {"at": minip2p.Hook.at})()
-    expected = generate(model, edit=lion).latents
-    assert difference(generate(model, always).latents, expected) < 1e-5
-
 
 def test_a_hook_sees_each_layer_once_a_call_and_every_prompt_s_row(model):
     seen = []

@@ -10,12 +10,7 @@ import torch
 from PIL import Image
 from torch.nn import functional as F
 
-from minip2p import (
-    WordSwap,
-    generate,
-    progress,
-    show,
-)
+from minip2p import WordSwap, generate, progress, show
 
 CAT, DOG = "a photo of a cat", "a photo of a dog"
 
@@ -46,14 +41,8 @@ def test_latents_of_numpy(toy, dtype):
 
 
 def test_numbers_of_numpy(toy):
-    numbers = {
-        "num_inference_steps": 2,
-        "guidance_scale": 3.5,
-        "seed": 7,
-        "height": 64,
-        "width": 32,
-        "eta": 0.5,
-    }
+    numbers = {"num_inference_steps": 2, "guidance_scale": 3.5, "seed": 7, "eta": 0.5}
+    numbers |= {"height": 64, "width": 32}
     of_numpy = {
         name: (np.float32 if isinstance(value, float) else np.int64)(value)
         for name, value in numbers.items()
