@@ -34,7 +34,7 @@ ITEMS = {
     "photos": (1_100_000, 24, 4),
 }
 STEPS = 20
-TIMESTEPS = (200, 400, 600, 800)  # of the word maps  # of the word maps
+TIMESTEPS = (200, 400, 600, 800)  # of the word maps
 
 
 class Bench:
@@ -54,10 +54,8 @@ class Bench:
     ):
         self.model, self.detector, self.quick, self.steps = model, detector, quick, steps
         self.folder = folder
-        self.shard = (
-            0,
-            1,
-        )  # of the items: every n-th from the i-th, for work that several processes share
+        # (i, n): every n-th item from the i-th, for work that several processes share.
+        self.shard = (0, 1)
         self.words = set(model.vocabulary or detector.world.words)
         if not self.words & set(detector.world.nouns):
             raise ValueError(f"The model knows nothing of the world {detector.world.name!r}.")

@@ -46,7 +46,7 @@ PRESETS = {
                     (64, 96, 128, 96), 400_000, 64),
     "gpu": Preset(world.SMALL, 128, 200_000, (16, 32, 64, 128), 8, 64_000, 16,
                   (64, 96, 128, 96), 640_000, 128),
-}  # fmt: skip  # fmt: skip
+}  # fmt: skip
 
 
 def text_config(preset: Preset, vocabulary: int) -> dict[str, Any]:

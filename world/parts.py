@@ -28,11 +28,8 @@ SWEEP = (  # windows of cross- and self-attention
     *((0.8, self_) for self_ in (0.0, 0.2, 0.6, 0.8, 1.0)),
     *((0.6, self_) for self_ in (0.6, 0.8, 1.0)),
 )
-RENDERS = (
-    1_000_000,
-    1000,
-)  # first seed, and number, of those for the Fréchet distance
-PAGE = 48  # pictures  # pictures
+RENDERS = (1_000_000, 1000)  # first seed, and number, of those for the Fréchet distance
+PAGE = 48  # pictures
 
 
 def captions(bench: Bench) -> Facts:
