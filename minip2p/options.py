@@ -11,12 +11,13 @@ from typing import Any
 from . import picture
 from .align import DEFAULT, Window, window
 from .blend import LocalBlend
+from .command import option_of
 from .edit import EditOfPrompt, PromptEdit, Reweight
 from .errors import UserError, check
 from .invert import METHODS
 from .outputs import SOFTWARE
 from .program import Parser, file, number, split_pair
-from .run import DTYPES, EXAMPLE, Run, SourcePicture, option_of
+from .run import DTYPES, EXAMPLE, Run, SourcePicture
 from .scheduler import SCHEDULERS
 from .settings import BOUNDS
 from .words import swap_word

@@ -19,11 +19,12 @@ from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 
 from . import __version__
+from .command import edits_by_target, plain, swept_windows
 from .edit import EditOfPrompt
 from .errors import UserError, check
 from .picture import PNG, quiet
 from .program import complain, say
-from .run import Run, edits_by_target, plain, swept_windows
+from .run import Run
 from .saved import write_files
 
 SOFTWARE = f"minip2p {__version__}, torch {torch.__version__}"

@@ -9,6 +9,7 @@ An edit is a dictionary with the names that a study uses, or None for a prompt w
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import fields
 from typing import Any
 
 from .align import window
@@ -93,6 +94,14 @@ def check_table(data: Any, keys: Sequence[str], name: str) -> None:
     check(isinstance(data, Mapping), f"{name} is a dictionary, not {describe(data)}.".capitalize())
     for key in data:
         check(key in keys, f"There is no {key!r} in {name}; it has {', '.join(keys)}.")
+
+
+def changed_fields(instance: Any) -> dict[str, Any]:
+    """Return the fields of a dataclass whose values are not their defaults."""
+    values = {
+        field.name: (getattr(instance, field.name), field.default) for field in fields(instance)
+    }
+    return {name: value for name, (value, default) in values.items() if value != default}
 
 
 def record(

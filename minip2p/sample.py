@@ -19,6 +19,7 @@ from PIL import Image
 from torch import Tensor
 
 from . import fast, picture, show
+from .command import code, edits_by_target, option_of, quoted
 from .errors import UserError, check
 from .explain import explain
 from .html.page import PageStore, page
@@ -36,7 +37,7 @@ from .outputs import (
 )
 from .pipeline import Result
 from .program import run_program, say
-from .run import Run, code, edits_by_target, option_of, quoted
+from .run import Run
 from .saved import write_files
 from .settings import defaults_of
 from .weights import StableDiffusion, load

@@ -24,8 +24,8 @@ from minip2p import (
     WordSwap,
     generate,
 )
+from minip2p.command import quoted
 from minip2p.options import make_parser, make_run
-from minip2p.run import quoted
 from minip2p.settings import defaults_of
 
 SQUIRREL, LION = "a squirrel eating a burger", "a lion eating a burger"

@@ -13,10 +13,11 @@ from concurrent.futures import Executor, wait
 from pathlib import Path
 from typing import Any
 
+from ..command import quoted
 from ..errors import UserError, check, describe, is_number
 from ..html.page import PageStore, page
 from ..program import MEMORY, is_out_of_memory
-from ..run import Run, quoted
+from ..run import Run
 from ..weights import StableDiffusion
 from .pictures import Pictures
 from .request import make_run, word_rows
