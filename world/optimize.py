@@ -3,7 +3,7 @@
 import csv
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -86,13 +86,8 @@ def fit(stage: Stage, work: Path, minutes: float = 4.0) -> None:
     parameters = list(stage.modules.parameters())
     average = [p.detach().clone() for p in parameters]
     optimizers = make_optimizers(stage)
-    file, step, seconds = work / f"{stage.name}.pt", 0, 0.0
-    if file.exists():
-        saved = torch.load(file, weights_only=True, map_location=parameters[0].device)
-        stage.modules.load_state_dict(saved["modules"])
-        for optimizer, state in zip(optimizers, saved["optimizers"], strict=True):
-            optimizer.load_state_dict(state)
-        average, step, seconds = saved["average"], saved["step"], saved["seconds"]
+    file = work / f"{stage.name}.pt"
+    step, seconds = restore(file, stage, optimizers, average)
 
     rate = torch.zeros((), device=parameters[0].device)  # a tensor: a recorded step reads it again
     for optimizer in optimizers:
@@ -125,39 +120,68 @@ def fit(stage: Stage, work: Path, minutes: float = 4.0) -> None:
         rate.fill_(stage.rate * min(1, (step + 1) / 100, (1 - step / steps) / stage.falling))
         losses = take_step(*(t.to(rate.device, non_blocking=True) for t in batch))
         batch = batch_of(step + 1)  # while a GPU is at work on this one
-        if not losses["loss"].isfinite():
-            where = f"{file} has the weights of the last checkpoint" if file.exists() else "no file"
-            raise FloatingPointError(
-                f"{stage.name}: the loss is {losses['loss'].item()} at step {step} of {steps}; "
-                f"{where}: try a lower rate than {stage.rate}."
-            )
+        check_finite(losses["loss"], stage, step, steps, file)
         step += 1
         keep = min(0.999, (1 + step) / (10 + step))
         torch._foreach_lerp_(average, [p.detach() for p in parameters], 1 - keep)
         if log:
             log.add(step, losses)
-        if (step % 20 == 0 or step == steps) and (
-            first_says(time.monotonic() - kept > 60 * minutes) or step == steps
-        ):
-            if log and (time.process_time() - checked > 60 * minutes or step == steps):
+        is_last = step == steps
+        if is_last or (step % 20 == 0 and first_says(time.monotonic() - kept > 60 * minutes)):
+            if log and (is_last or time.process_time() - checked > 60 * minutes):
                 swap(parameters, average)
                 log.check(step, stage.check())
                 swap(parameters, average)
                 checked = time.process_time()
             if log:
-                torch.save(
-                    {
-                        "modules": stage.modules.state_dict(),
-                        "optimizers": [o.state_dict() for o in optimizers],
-                        "average": average,
-                        "step": step,
-                        "seconds": log.seconds(),
-                    },
-                    file.with_suffix(".tmp"),
-                )
-                file.with_suffix(".tmp").replace(file)
+                save(file, stage, optimizers, average, step, log.seconds())
             kept = time.monotonic()
     swap(parameters, average)
+
+
+def restore(
+    file: Path, stage: Stage, optimizers: Sequence[torch.optim.Optimizer], average: list[Tensor]
+) -> tuple[int, float]:
+    """Go on from the checkpoint, if there is one, and return its step and its seconds."""
+    if not file.exists():
+        return 0, 0.0
+    saved = torch.load(file, weights_only=True, map_location=average[0].device)
+    stage.modules.load_state_dict(saved["modules"])
+    for optimizer, state in zip(optimizers, saved["optimizers"], strict=True):
+        optimizer.load_state_dict(state)
+    for mean, value in zip(average, saved["average"], strict=True):
+        mean.copy_(value)
+    return saved["step"], saved["seconds"]
+
+
+def save(
+    file: Path,
+    stage: Stage,
+    optimizers: Sequence[torch.optim.Optimizer],
+    average: list[Tensor],
+    step: int,
+    seconds: float,
+) -> None:
+    """Write the checkpoint that `restore` reads."""
+    checkpoint = {
+        "modules": stage.modules.state_dict(),
+        "optimizers": [optimizer.state_dict() for optimizer in optimizers],
+        "average": average,
+        "step": step,
+        "seconds": seconds,
+    }
+    torch.save(checkpoint, file.with_suffix(".tmp"))
+    file.with_suffix(".tmp").replace(file)
+
+
+def check_finite(loss: Tensor, stage: Stage, step: int, steps: int, file: Path) -> None:
+    """Raise FloatingPointError if the loss is infinite or nan. file: of the checkpoint"""
+    if not loss.isfinite():
+        where = f"{file} has the weights of the last checkpoint" if file.exists() else "no file"
+        raise FloatingPointError(
+            f"{stage.name}: the loss is {loss.item()} at step {step} of {steps}; "
+            f"{where}: try a lower rate than {stage.rate}."
+        )
 
 
 class Recorded:

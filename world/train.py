@@ -14,6 +14,7 @@ given more samples after it has begun, as long as it has not reached that part.
 import argparse
 import csv
 import os
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from multiprocessing import Pool
 from pathlib import Path
@@ -255,15 +256,7 @@ def train_unet(
     share = preset.batch // processes()
     mean, deviation = stored_latents(vae, data, device, work)
     captions = Captions.of(data, tokenizer)
-    alpha_bar = alpha_bars()
-    snr = alpha_bar / (1 - alpha_bar)
-    weights = (snr.clamp(max=5) / snr).clamp(min=0.1)
-    weights = weights / weights.mean()
-
-    def noised(z: Tensor, noise: Tensor, t: Tensor) -> Tensor:
-        a = alpha_bar[t].view(-1, 1, 1, 1).to(z)
-        return a.sqrt() * z + (1 - a).sqrt() * noise
-
+    alpha_bar, weights = alpha_bars(), loss_weights()
     # Thin lines are the hardest to learn: a sketch is drawn twice as often.
     often = torch.tensor([1.0 + (scene.style == "sketch") for scene in data.scenes])
 
@@ -294,29 +287,60 @@ def train_unet(
         words = maps.loss(masks, word_weights)
         return {"loss": (errors * weight).mean() + words, "mse": errors.mean(), "words": words}
 
-    new, checks = latents_of(vae, unseen, device), Captions.of(unseen, tokenizer)
-    fixed = torch.Generator().manual_seed(5)
-    check_noise = torch.randn(new[0].shape, generator=fixed)
-    check_t = torch.randint(1000, (len(check_noise),), generator=fixed)
-
     @torch.inference_mode()
     def check() -> dict[str, float]:
-        errors = []
-        for part in torch.arange(len(check_noise)).split(64):
-            z, noise, t = new[0][part].float(), check_noise[part], check_t[part]
-            context = text_encoder(input_ids=checks.ids[part].to(device)).last_hidden_state
-            x = noised(z * vae.scaling_factor, noise, t).to(device)
-            eps = unet(x, t.to(device), context).float().cpu()
-            errors.append(((eps - noise) ** 2).mean(dim=(1, 2, 3)))
         save_pictures(unet, vae, text_encoder, tokenizer, device, work / "unet.png")
-        return {"validation": torch.cat(errors).mean().item()}
+        return {"validation": unseen_error()}
 
+    unseen_error = make_validation(unet, text_encoder, vae, unseen, tokenizer, device)
     stage = Stage(
         "unet", modules, draw, loss, check, preset.samples, preset.batch, preset.rate,
         falling=0.5, recorded=True,
     )  # fmt: skip
     fit(stage, work)
     return unet, text_encoder
+
+
+def noised(z: Tensor, noise: Tensor, t: Tensor) -> Tensor:
+    """Add noise to clean latents, b 4 h w, up to the timesteps t, b (Ho et al. 2020, eq. 4)."""
+    a = alpha_bars()[t].view(-1, 1, 1, 1).to(z)
+    return a.sqrt() * z + (1 - a).sqrt() * noise
+
+
+def loss_weights() -> Tensor:
+    """Return the weight of each timestep's error, of mean 1 (Hang et al. 2023, eq. 5)."""
+    alpha_bar = alpha_bars()
+    snr = alpha_bar / (1 - alpha_bar)
+    weights = (snr.clamp(max=5) / snr).clamp(min=0.1)
+    return weights / weights.mean()
+
+
+def make_validation(
+    unet: UNet,
+    text_encoder: nn.Module,
+    vae: VAE,
+    unseen: Data,
+    tokenizer: Any,
+    device: torch.device,
+) -> Callable[[], float]:
+    """Return a function that computes the mean error of pictures that were not trained on."""
+    latents, ids = latents_of(vae, unseen, device)[0], Captions.of(unseen, tokenizer).ids
+    generator = torch.Generator().manual_seed(5)  # the same noise at every check
+    noise = torch.randn(latents.shape, generator=generator)
+    timesteps = torch.randint(1000, (len(noise),), generator=generator)
+
+    @torch.inference_mode()
+    def validate() -> float:
+        errors = []
+        for part in torch.arange(len(noise)).split(64):
+            t = timesteps[part]
+            context = text_encoder(input_ids=ids[part].to(device)).last_hidden_state
+            x = noised(latents[part].float() * vae.scaling_factor, noise[part], t).to(device)
+            eps = unet(x, t.to(device), context).float().cpu()
+            errors.append(((eps - noise[part]) ** 2).mean(dim=(1, 2, 3)))
+        return torch.cat(errors).mean().item()
+
+    return validate
 
 
 def supervision(preset: Preset, progress: float) -> float:
