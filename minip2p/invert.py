@@ -201,11 +201,20 @@ def invert(
     if guidance_scale is None:
         guidance_scale = model.defaults["guidance_scale"] if method == "edit-friendly" else 1.0
     h, w = latent_size(model, height, width, None)
-    sizes = {"height": h * model.vae.f, "width": w * model.vae.f}
-    settings = {"method": method, "prompt": prompt, "fit": fit, "seed": seed, **sizes}
-    settings |= {"num_inference_steps": steps, "guidance_scale": guidance_scale}
-    settings = read_settings(settings | {"skip": skip, "refinements": refinements})
-
+    settings = read_settings(
+        {
+            "method": method,
+            "prompt": prompt,
+            "num_inference_steps": steps,
+            "guidance_scale": guidance_scale,
+            "skip": skip,
+            "refinements": refinements,
+            "seed": seed,
+            "height": h * model.vae.f,
+            "width": w * model.vae.f,
+            "fit": fit,
+        }
+    )
     source = picture.read(image, (settings["height"], settings["width"]), fit)
     clean = model.vae.encode(source.tensor().to(model.device))  # 1 4 h w
     trajectory, noises = find_trajectory(model, clean, settings, callback, progress)

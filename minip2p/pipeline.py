@@ -156,10 +156,7 @@ def generate(
     tokens, hook = bind_edit(model, prompts, edit, (h, w))
     store = settings.as_store(store)
     hold_source = None if source is None else source.hold_source()
-    in_order = [hold_source, hook, *hooks]
-    if store is not None:
-        in_order.insert(1 if store.before_edit else len(in_order), store)
-    run_hooks = [run_hook for run_hook in in_order if run_hook is not None]
+    run_hooks = in_order(hold_source, hook, hooks, store)
     for run_hook in run_hooks:
         run_hook.begin(tokens, model.unet.coarse_size(h, w), model.device)
 
@@ -181,9 +178,20 @@ def generate(
 
     from .record import record  # here: the loop can be read, and run, without it
 
-    plain = {"negative_prompt": negative_prompt, "seed": seed, "guidance_scale": guidance}
-    objects = {"hooks": hooks, "latents": latents, "scheduler": scheduler, "source": source}
-    run = record(model, prompts, edit, sampler, (h, w), **plain, **objects)
+    run = record(
+        model,
+        prompts,
+        edit,
+        sampler,
+        size=(h, w),
+        negative_prompt=negative_prompt,
+        seed=seed,
+        guidance_scale=guidance,
+        hooks=hooks,
+        latents=latents,
+        scheduler=scheduler,
+        source=source,
+    )
     # A copy, for the store may see more runs.
     return Result(images, x, copy.copy(store), run, hook, source)
 
@@ -203,6 +211,18 @@ def bind_edit(
         device=model.device,
     )
     return tokens, hook
+
+
+def in_order(
+    hold_source: Hook | None, edit: Hook | None, hooks: Sequence[Hook], store: Any
+) -> list[Hook]:
+    """Return the hooks of a run in the order in which they act.
+
+    A store sees the maps that all others returned, or with before_edit those of the prompts alone.
+    """
+    order = [hold_source, edit, *hooks]
+    order.insert(1 if store is not None and store.before_edit else len(order), store)
+    return [hook for hook in order if hook is not None]
 
 
 @torch.no_grad()
