@@ -18,6 +18,7 @@ from torch.nn import functional as F
 from .align import LENGTH, Alignment, Prompt
 from .attention import Device, Size
 from .errors import check, is_number
+from .mask import read_mask
 
 
 @dataclass(frozen=True)
@@ -88,8 +89,6 @@ class Blend:
         if spec.mask is None:
             self.columns = word_columns(spec, r, prompts, alignment).to(device)
         else:
-            from .mask import read_mask  # only here: a blend by words needs none of it
-
             self.mask = read_mask(spec.mask, latent_size).to(device)
 
     @property

@@ -220,8 +220,10 @@ def in_order(
 
     A store sees the maps that all others returned, or with before_edit those of the prompts alone.
     """
-    order = [hold_source, edit, *hooks]
-    order.insert(1 if store is not None and store.before_edit else len(order), store)
+    if store is not None and store.before_edit:
+        order = [hold_source, store, edit, *hooks]
+    else:
+        order = [hold_source, edit, *hooks, store]
     return [hook for hook in order if hook is not None]
 
 

@@ -30,7 +30,7 @@ def test_imports():
 def test_the_reading_path_is_short():
     """Everything that `generate` imports but weights/, which loads a model."""
     files = count.modules()
-    assert sum(count.lines(files[name]) for name in count.reading_path()) <= 2699
+    assert sum(count.lines(files[name]) for name in count.reading_path()) <= 2777
 
 
 def test_the_version_is_in_the_changelog():
