@@ -213,8 +213,8 @@ def record(unet: nn.Module) -> nn.Module:
     A GPU waits for Python where its kernels are short; a graph starts all of a call's kernels at
     once. The calls of a run with the same open windows share a graph, which is recorded at the
     second such call. All other calls run as before: the first one of each state, calls with
-    gradients, and calls with hooks that are not the package's linear ones, since a graph runs no
-    Python.
+    gradients, and calls with hooks that are not the package's linear ones or that keep each call's
+    maps apart, since a graph runs no Python.
     Raises UserError unless the UNet is on a CUDA device.
     """
     device = next(unet.parameters()).device
@@ -243,7 +243,8 @@ class Recorder:
             self.context, self.graphs, self.parts = context, {}, []
             self.pool = torch.cuda.graph_pool_handle()
         key = (x.shape, x.dtype, *map(id, parts))
-        if key not in self.graphs:  # the call that makes cached keys and values, and sums of maps
+        if key not in self.graphs:
+            # This call makes what a graph only uses: cached keys and values, and sums of maps.
             self.graphs[key] = None
             self.parts.append(parts)
             return self.forward(x, t, context, hook)
@@ -267,13 +268,13 @@ def parts_of(hook: Hook) -> list[Any] | None:
     """
     hooks = hook.hooks if isinstance(hook, Chain) else [hook]
     parts: list[Any] = []
-    for part in hooks:
-        if type(part) is PromptToPrompt:
-            parts += [part.cross, part.self_attn, part.blends]
-        elif type(part) is AttentionStore and part.columns is not None:
-            if part.kinds[False] or part.before_edit or part.by_call:
+    for single in hooks:
+        if type(single) is PromptToPrompt:
+            parts += [single.cross, single.self_attn, single.blends]
+        elif type(single) is AttentionStore and single.columns is not None:
+            if single.kinds[False] or single.before_edit or single.by_call:
                 return None
-            parts.append(part)
-        elif type(part) is not HoldSource:  # which acts at no layer
+            parts.append(single)
+        elif type(single) is not HoldSource:  # which acts at no layer
             return None
     return parts

@@ -157,7 +157,10 @@ def check_recording(
     recorded = [run(seed) for seed in (1, 2)]
     assert sum(graph is not None for graph in recorder.graphs.values()) >= 3
     for outputs, expected in zip(recorded, truth, strict=True):
-        assert all(map(lambda a, b: difference(a, b) <= limit, outputs, expected))
+        for name, output, expected_output in zip(
+            ("latents", "word", "blend"), outputs, expected, strict=True
+        ):
+            assert difference(output, expected_output) <= limit, name
 
 
 def test_a_recorded_run_is_the_run_itself_where_a_tape_is_the_graph(toy, monkeypatch):

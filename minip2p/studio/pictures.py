@@ -26,7 +26,7 @@ class Pictures:
     def __init__(self, model: StableDiffusion):
         self.model = model
         self.images: dict[str, Image.Image] = {}  # by key, the newest last
-        self.inversions: dict[tuple[Any, ...], Inversion] = {}
+        self.inversions: dict[tuple[Any, ...], Inversion] = {}  # by the picture's key and settings
 
     def add(self, data: bytes) -> str:
         """Keep what the model sees of an image file, and return its key.
@@ -55,15 +55,15 @@ class Pictures:
     def invert(self, run: Run, key: str, callback: Callable[..., object]) -> Inversion:
         """Return a run's inverted source picture: it is inverted once for all edits of it."""
         assert run.source
-        described = key, run.prompts[0], run.num_inference_steps, run.source.guidance_scale
-        inversion = self.inversions.get(described)
+        settings = key, run.prompts[0], run.num_inference_steps, run.source.guidance_scale
+        inversion = self.inversions.get(settings)
         if inversion is None:
             image = self.images.get(key)
             if image is None:
                 raise UserError("The studio no longer has your picture: choose it again.")
             arguments = run.inversion() | {"callback": callback}
             inversion = invert(self.model, image, run.prompts[0], **arguments)
-        keep(self.inversions, described, inversion, MOST_INVERSIONS)
+        keep(self.inversions, settings, inversion, MOST_INVERSIONS)
         return inversion
 
 
