@@ -256,7 +256,8 @@ def train_unet(
     share = preset.batch // processes()
     mean, deviation = stored_latents(vae, data, device, work)
     captions = Captions.of(data, tokenizer)
-    alpha_bar, weights = alpha_bars(), loss_weights()
+    alpha_bar = alpha_bars()
+    weights = loss_weights(alpha_bar)
     # Thin lines are the hardest to learn: a sketch is drawn twice as often.
     often = torch.tensor([1.0 + (scene.style == "sketch") for scene in data.scenes])
 
@@ -264,16 +265,15 @@ def train_unet(
         i = often.multinomial(share, replacement=True, generator=generator)
         drawn, noise = torch.randn(2, share, *mean.shape[1:], generator=generator)
         z = (mean[i].float() + deviation[i].float() * drawn) * vae.scaling_factor
-        # One timestep from each of `share` equal parts: less variance between the steps.
-        t = torch.arange(share) + torch.rand(share, generator=generator)
-        t = (t / share * 1000).long()[torch.randperm(share, generator=generator)]
+        t = draw_timesteps(share, generator)
         dropped = torch.rand(share, generator=generator) < 0.1  # for guidance (Ho & Salimans 2021)
         ids = torch.where(dropped[:, None], captions.empty, captions.ids[i])
         columns = captions.columns[i]
         # Maps matter where there is something to see: less at high noise, none without words.
         seen = columns.amax(dim=1) * ((~dropped) * alpha_bar[t].sqrt())[:, None]
         words = supervision(preset, progress) * seen
-        return [noised(z, noise, t), noise, t, weights[t], ids, columns, captions.masks[i], words]
+        x = noised(z, noise, alpha_bar[t])
+        return [x, noise, t, weights[t], ids, columns, captions.masks[i], words]
 
     def loss(
         x: Tensor, noise: Tensor, t: Tensor, weight: Tensor, ids: Tensor,
@@ -301,15 +301,20 @@ def train_unet(
     return unet, text_encoder
 
 
-def noised(z: Tensor, noise: Tensor, t: Tensor) -> Tensor:
-    """Add noise to clean latents, b 4 h w, up to the timesteps t, b (Ho et al. 2020, eq. 4)."""
-    a = alpha_bars()[t].view(-1, 1, 1, 1).to(z)
+def draw_timesteps(n: int, generator: torch.Generator) -> Tensor:
+    """Draw a timestep from each of n equal parts, which varies less from step to step. → n"""
+    t = torch.arange(n) + torch.rand(n, generator=generator)
+    return (t / n * 1000).long()[torch.randperm(n, generator=generator)]
+
+
+def noised(z: Tensor, noise: Tensor, alpha_bar: Tensor) -> Tensor:
+    """Add noise to clean latents z, b 4 h w, of which ᾱ, b, is left (Ho et al. 2020, eq. 4)."""
+    a = alpha_bar.view(-1, 1, 1, 1).to(z)
     return a.sqrt() * z + (1 - a).sqrt() * noise
 
 
-def loss_weights() -> Tensor:
+def loss_weights(alpha_bar: Tensor) -> Tensor:
     """Return the weight of each timestep's error, of mean 1 (Hang et al. 2023, eq. 5)."""
-    alpha_bar = alpha_bars()
     snr = alpha_bar / (1 - alpha_bar)
     weights = (snr.clamp(max=5) / snr).clamp(min=0.1)
     return weights / weights.mean()
@@ -328,15 +333,16 @@ def make_validation(
     generator = torch.Generator().manual_seed(5)  # the same noise at every check
     noise = torch.randn(latents.shape, generator=generator)
     timesteps = torch.randint(1000, (len(noise),), generator=generator)
+    alpha_bar = alpha_bars()[timesteps]
 
     @torch.inference_mode()
     def validate() -> float:
         errors = []
         for part in torch.arange(len(noise)).split(64):
-            t = timesteps[part]
             context = text_encoder(input_ids=ids[part].to(device)).last_hidden_state
-            x = noised(latents[part].float() * vae.scaling_factor, noise[part], t).to(device)
-            eps = unet(x, t.to(device), context).float().cpu()
+            z = latents[part].float() * vae.scaling_factor
+            x = noised(z, noise[part], alpha_bar[part]).to(device)
+            eps = unet(x, timesteps[part].to(device), context).float().cpu()
             errors.append(((eps - noise[part]) ** 2).mean(dim=(1, 2, 3)))
         return torch.cat(errors).mean().item()
 
